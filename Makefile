@@ -1,0 +1,61 @@
+# make demo | test | check | fix | bench | clean. The first one run makes .venv and installs what is needed.
+#   PYTHON=python3.12      the interpreter .venv is made with, 3.11 or later
+#   PYTEST_ARGS="-k mask"  passed on to pytest        DEMO_ARGS, BENCH_ARGS  likewise
+#   OP=<op>                which benchmark `make bench` runs
+
+PYTHON ?= python3
+OP ?= block_sparse_attention
+BIN := .venv/bin
+READY := .venv/.installed
+
+# The root stays off sys.path: there, our folder kernels/ would pass for Hugging Face's package `kernels`.
+export PYTHONSAFEPATH := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check fix bench clean
+
+help:
+	@echo "make demo    dense against sparse attention on a chest radiograph; writes demo_output/"
+	@echo "make test    the tests, on the CPU and on a GPU where there is one"
+	@echo "make check   lint, format and types; changes nothing"
+	@echo "make fix     lint and format, mending what can be mended"
+	@echo "make bench   one benchmark: make bench OP=block_sparse_attention"
+	@echo "make clean   remove what the others wrote, except .venv"
+
+demo: $(READY)
+	$(BIN)/python -m sparseattn demo $(DEMO_ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# A script in benchmarks/ may import its neighbours, so its own folder (not the root) goes on sys.path.
+bench: $(READY)
+	env -u PYTHONSAFEPATH $(BIN)/python benchmarks/bench_$(OP).py $(BENCH_ARGS)
+
+clean:
+	rm -rf build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find sparseattn kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and pinned: an open range could fetch another torch and its gigabytes of CUDA packages.
+$(READY): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "needs Python 3.11 or later, $(PYTHON) is $$($(PYTHON) --version 2>&1); try: make PYTHON=python3.12"; exit 1; }
+	@echo "[1/3] making .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv || { echo "on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@echo "[2/3] installing PyTorch: some minutes the first time"
+	$(BIN)/python -m pip install torch -c constraints.txt
+	@echo "[3/3] installing sparseattn and its tools"
+	$(BIN)/python -m pip install -e ".[all]" -c constraints.txt
+	@touch $@
+	@echo "ready"

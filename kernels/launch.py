@@ -1,0 +1,82 @@
+"""What launchers share: launch parameters, index lists, and how values reach a kernel.
+
+This file imports no Triton, so that its types can be named anywhere.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634
+
+
+class Launch(NamedTuple):
+    """How one kernel is launched: tile sizes, warps, pipeline stages."""
+
+    tile_q: int
+    tile_k: int
+    num_warps: int
+    num_stages: int
+
+
+class IndexLists(NamedTuple):
+    """Lists of one direction of a block mask, full and partial blocks apart.
+
+    offsets [Bm, Hm, L + 1], indices [Bm, Hm, capacity]: line l keeps the blocks
+    indices[offsets[l] : offsets[l + 1]]; int32, contiguous. Bm and Hm are 1 or the full size.
+    partial_slots says where the token bits of a partial entry lie.
+    """
+
+    offsets: Tensor
+    indices: Tensor
+    partial_offsets: Tensor | None
+    partial_indices: Tensor | None
+    partial_slots: Tensor | None
+
+
+def fit_tile(tile: int, block: int) -> int:
+    """Return the largest power of two that divides `block` and is at most `tile`."""
+    return min(tile, block & -block)
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """Split a head dim into two powers of two that waste less than one: 72 -> (64, 16).
+
+    The second is 0 where one power of two is as good. Both are at least 16, what a dot takes.
+    """
+    whole = max(16, 1 << (head_dim - 1).bit_length())
+    first = whole // 2
+    rest = max(16, 1 << (head_dim - first - 1).bit_length()) if head_dim > first else 0
+    return (whole, 0) if whole == 16 or first + rest >= whole else (first, rest)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Return how float32 products are made: TF32 only where torch's own switch allows it.
+
+    Three TF32 products stand in for a float32 one: about its accuracy, on tensor cores.
+    """
+    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "tf32x3"
+
+
+def raise_bfloat16(tensor: Tensor | None, interpreting: bool) -> Tensor | None:
+    """Cast bfloat16 to float32 under Triton's interpreter, whose bfloat16 arithmetic is wrong."""
+    if interpreting and tensor is not None and tensor.dtype == torch.bfloat16:
+        return tensor.float()
+    return tensor
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """Return the tensor with its last dimension contiguous, copied only if it is not."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def shared_strides(tensor: Tensor, dims: int) -> tuple[int, ...]:
+    """Return the first `dims` strides, 0 where the size is 1 and serves all."""
+    return tuple(
+        0 if tensor.shape[dim] == 1 else tensor.stride(dim) for dim in range(dims)
+    )

@@ -1,0 +1,153 @@
+"""Device helpers that two kernels or more share.
+
+A head dim D is held as two chunks of D0 and D1 columns (D1 is 0 for most), so that 72 costs
+64 + 16 and not 128. Chunk 1 is an alias of chunk 0 where D1 is 0; no code reads it then.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_chunk(
+    ptr,
+    row_stride,
+    row_ok,
+    FIRST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+):
+    """Load [ROWS, COLUMNS] from column FIRST on; zero past column D and where row_ok is false."""
+    columns = FIRST + tl.arange(0, COLUMNS)
+    ptrs = ptr + tl.arange(0, ROWS)[:, None] * row_stride + columns[None, :]
+    if CHECK_ROWS:
+        if FIRST + COLUMNS > D:
+            return tl.load(ptrs, mask=row_ok[:, None] & (columns < D)[None, :], other=0.0)
+        return tl.load(ptrs, mask=row_ok[:, None], other=0.0)
+    if FIRST + COLUMNS > D:
+        return tl.load(ptrs, mask=(columns < D)[None, :], other=0.0)
+    return tl.load(ptrs)
+
+
+@triton.jit
+def load_rows(
+    ptr,
+    row_stride,
+    row_ok,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+):
+    """Load ROWS rows of D columns as two chunks."""
+    first = load_chunk(ptr, row_stride, row_ok, 0, D0, D, ROWS, CHECK_ROWS)
+    if D1 > 0:
+        return first, load_chunk(ptr, row_stride, row_ok, D0, D1, D, ROWS, CHECK_ROWS)
+    return first, first
+
+
+@triton.jit
+def store_rows(
+    ptr,
+    row_stride,
+    row_ok,
+    first,
+    second,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+):
+    """Store two chunks as ROWS rows of D columns, where row_ok."""
+    rows = ptr + tl.arange(0, ROWS)[:, None] * row_stride
+    columns = tl.arange(0, D0)[None, :]
+    kept = row_ok[:, None] & (columns < D)
+    tl.store(rows + columns, first.to(ptr.dtype.element_ty), mask=kept)
+    if D1 > 0:
+        columns = D0 + tl.arange(0, D1)[None, :]
+        kept = row_ok[:, None] & (columns < D)
+        tl.store(rows + columns, second.to(ptr.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def dot_rows(a0, a1, b0, b1, D1: tl.constexpr, PRECISION: tl.constexpr):
+    """Return a @ b.T in float32, both held as chunks of columns."""
+    product = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
+    if D1 > 0:
+        product = tl.dot(a1, tl.trans(b1), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def add_dot(acc0, acc1, weights, b0, b1, D1: tl.constexpr, PRECISION: tl.constexpr):
+    """Return acc + weights @ b, chunk by chunk; weights are rounded to the dtype of b."""
+    weights = weights.to(b0.dtype)
+    acc0 = tl.dot(weights, b0, acc0, input_precision=PRECISION)
+    if D1 > 0:
+        acc1 = tl.dot(weights, b1, acc1, input_precision=PRECISION)
+    return acc0, acc1
+
+
+@triton.jit
+def zero_chunks(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Return float32 zeros for two chunks; the second is a stand-in where D1 is 0."""
+    first = tl.zeros([ROWS, D0], tl.float32)
+    if D1 > 0:
+        return first, tl.zeros([ROWS, D1], tl.float32)
+    return first, tl.zeros([16, 16], tl.float32)
+
+
+@triton.jit
+def token_is_visible(
+    bits_ptr,
+    row_stride,
+    first_key,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """Return which of a partial block's pairs are visible, [ROWS, KEYS] or transposed.
+
+    bits_ptr points at the tile's first row; the tile's keys start at key `first_key` of the block,
+    a multiple of 16. One word of a row holds 32 keys.
+    """
+    rows = bits_ptr + tl.arange(0, ROWS) * row_stride
+    keys = first_key % 32 + tl.arange(0, KEYS)
+    word_of_key = keys // 32
+    if TRANSPOSED:
+        words = tl.zeros([KEYS, ROWS], tl.int32)
+    else:
+        words = tl.zeros([ROWS, KEYS], tl.int32)
+    for word in tl.static_range((KEYS + 31) // 32):
+        loaded = tl.load(rows + first_key // 32 + word)
+        if TRANSPOSED:
+            words = tl.where(word_of_key[:, None] == word, loaded[None, :], words)
+        else:
+            words = tl.where(word_of_key[None, :] == word, loaded[:, None], words)
+    if TRANSPOSED:
+        return ((words >> (keys % 32)[:, None]) & 1) == 1
+    return ((words >> (keys % 32)[None, :]) & 1) == 1
+
+
+@triton.jit
+def list_range(offsets_ptr, line, TILES: tl.constexpr):
+    """Return where a line's entries begin and end, each entry counted as TILES tiles."""
+    begin = tl.load(offsets_ptr + line)
+    end = tl.load(offsets_ptr + line + 1)
+    return begin * TILES, end * TILES
+
+
+@triton.jit
+def ragged_tile(
+    indices_ptr, first, last, num_blocks, length, MASK_BLOCK: tl.constexpr, TILES: tl.constexpr
+):
+    """Return the first tile of a list that may reach past `length`; `last` if there is none.
+
+    Lists ascend, so only the last entry can be the sequence's last, ragged block.
+    """
+    block = tl.load(indices_ptr + tl.maximum(last // TILES - 1, 0), mask=last > first, other=-1)
+    is_ragged = (block == num_blocks - 1) & (length % MASK_BLOCK != 0)
+    return tl.where(is_ragged, last - TILES, last)

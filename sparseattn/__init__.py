@@ -1,0 +1,11 @@
+"""Sparse attention kernels for vision models on large images and volumes.
+
+Importing this package imports neither Triton nor a GPU driver; kernels load on first use.
+"""
+
+from sparseattn.ops.block_sparse_attention import block_sparse_attention
+from sparseattn.structures.block_mask import BlockMask
+
+__version__ = "0.1.0"
+
+__all__ = ["BlockMask", "block_sparse_attention"]

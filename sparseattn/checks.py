@@ -1,0 +1,108 @@
+"""One voice for every error that a wrong argument causes.
+
+    <op>: <argument> <what it is>; expected <rule>, <name>=<value> (from <argument>)
+
+Wrong shape or value: ValueError. Wrong type or dtype: TypeError.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def describe(value: Any) -> str:
+    """Say what a value is: a tensor's shape, else its type and itself."""
+    if isinstance(value, Tensor):
+        return f"has shape {list(value.shape)}"
+    return f"is {value!r} ({type(value).__name__})"
+
+
+class Shapes:
+    """Binds dimension names to sizes as tensors are checked one after the other.
+
+    A pattern is a list of names: "B H Nq D". A name met before must have the same size; a new one
+    is bound. "1|H" allows 1 or the bound size; a number stands for itself.
+    """
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+        self._sizes: dict[str, tuple[int, str]] = {}
+
+    def set(self, name: str, size: int, source: str) -> None:
+        """Bind a name that comes from something other than a tensor's shape."""
+        self._sizes[name] = (size, source)
+
+    def bind(self, argument: str, tensor: Any, pattern: str) -> None:
+        """Check one tensor against a pattern, binding the names it is the first to use."""
+        require_tensor(self.op, argument, tensor)
+        names = pattern.split()
+        if tensor.dim() != len(names):
+            raise self._mismatch(argument, tensor, names)
+        for name, size in zip(names, tensor.shape, strict=True):
+            if name.isdigit():
+                fits = size == int(name)
+            elif "|" in name:
+                fits = any(size == self._known(option) for option in name.split("|"))
+            elif name in self._sizes:
+                fits = size == self._sizes[name][0]
+            else:
+                self._sizes[name] = (size, argument)
+                fits = True
+            if not fits:
+                raise self._mismatch(argument, tensor, names)
+
+    def _known(self, name: str) -> int:
+        return int(name) if name.isdigit() else self._sizes[name][0]
+
+    def _mismatch(self, argument: str, tensor: Tensor, names: list[str]) -> ValueError:
+        mentioned = [part for name in names for part in name.split("|")]
+        known = [
+            f"{name}={self._sizes[name][0]} (from {self._sizes[name][1]})"
+            for name in dict.fromkeys(mentioned)
+            if name in self._sizes and self._sizes[name][1] != argument
+        ]
+        rule = ", ".join([f"[{', '.join(n.replace('|', ' or ') for n in names)}]", *known])
+        return ValueError(f"{self.op}: {argument} {describe(tensor)}; expected {rule}")
+
+
+def require_tensor(op: str, argument: str, value: Any) -> None:
+    """Raise TypeError unless the value is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {argument} {describe(value)}; expected a torch.Tensor")
+
+
+def require_dtype(op: str, argument: str, tensor: Tensor, *allowed: torch.dtype) -> None:
+    """Raise TypeError unless the tensor's dtype is one of those allowed."""
+    if tensor.dtype not in allowed:
+        rule = " or ".join(str(dtype) for dtype in allowed)
+        raise TypeError(f"{op}: {argument} has dtype {tensor.dtype}; expected {rule}")
+
+
+def require_floating(op: str, argument: str, tensor: Tensor) -> None:
+    """Raise TypeError unless the tensor is floating point."""
+    if not tensor.is_floating_point():
+        raise TypeError(
+            f"{op}: {argument} has dtype {tensor.dtype}; expected a floating point dtype"
+        )
+
+
+def require_device(
+    op: str, argument: str, tensor: Tensor, device: torch.device, source: str
+) -> None:
+    """Raise ValueError unless the tensor lies on the device."""
+    if tensor.device != device:
+        raise ValueError(
+            f"{op}: {argument} is on {tensor.device}; "
+            f"expected the device of {source}, device={device} (from {source})"
+        )
+
+
+def require_int(op: str, argument: str, value: Any, *, low: int) -> None:
+    """Raise unless the value is an integer of at least `low` (a bool is not one)."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {argument} {describe(value)}; expected an int >= {low}")
+    if value < low:
+        raise ValueError(f"{op}: {argument} is {value}; expected an int >= {low}")

@@ -1,0 +1,1 @@
+"""The command `sparseattn`: one file per subcommand, joined in `main.py`."""

@@ -1,0 +1,202 @@
+"""How the demo measures: the same job with two attentions, in turn, in one process."""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from sparseattn.cli.demo_vit import Attend, VitStack
+from sparseattn.viz.report import Row
+
+MOST_ROUNDS, FEWEST_ROUNDS = 20, 3
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something that can run with any attention.
+
+    forward(attend) returns the output, without gradients; step(attend) returns the output and
+    the gradients. The first `compared` gradients are those whose error is reported.
+    """
+
+    name: str
+    tokens: int
+    compared: int
+    forward: Callable[[Attend], Tensor]
+    step: Callable[[Attend], tuple[Tensor, tuple[Tensor, ...]]]
+
+
+def attention_job(name: str, qkv: Sequence[Tensor], seed: int) -> Job:
+    """Attention by itself: gradients of q, k and v [B, H, N, D] for one random cotangent."""
+    leaves = tuple(x.detach().requires_grad_() for x in qkv)
+    cotangent = _cotangent(leaves[0], seed)
+
+    def forward(attend: Attend) -> Tensor:
+        with torch.no_grad():
+            return attend(*leaves)
+
+    def step(attend: Attend) -> tuple[Tensor, tuple[Tensor, ...]]:
+        out = attend(*leaves)
+        return out.detach(), torch.autograd.grad(out, leaves, cotangent)
+
+    return Job(name, leaves[0].shape[2], 3, forward, step)
+
+
+def stack_job(name: str, stack: VitStack, patches: Tensor, where: Tensor, seed: int) -> Job:
+    """The whole stack: gradients of the pixels and of every weight; the pixels' is compared."""
+    pixels = patches.detach().requires_grad_()
+    leaves = (pixels, *stack.parameters())
+    device = patches.device.type
+    cotangent = _cotangent(where[None], seed)
+
+    def run(attend: Attend) -> Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            out: Tensor = stack(pixels, where, attend)
+        return out
+
+    def forward(attend: Attend) -> Tensor:
+        with torch.no_grad():
+            return run(attend)
+
+    def step(attend: Attend) -> tuple[Tensor, tuple[Tensor, ...]]:
+        out = run(attend)
+        return out.detach(), torch.autograd.grad(out, leaves, cotangent.to(out.dtype))
+
+    return Job(name, patches.shape[1], 1, forward, step)
+
+
+def compare(
+    job: Job, dense: Attend, sparse: Attend, budget: float, tick: Callable[[], None]
+) -> Row:
+    """Run `job` with both attentions and return times, memory and differences.
+
+    The first run of each is the warm-up, and the run whose memory and values are taken. Then come
+    rounds of four timed runs (dense forward, sparse forward, dense step, sparse step), as many as
+    fit in `budget` seconds, within limits. `kept` is left at 1; the caller knows it.
+    """
+    started = time.perf_counter()
+    (dense_out, dense_grads), dense_bytes = peak_extra_bytes(lambda: job.step(dense))
+    (sparse_out, sparse_grads), sparse_bytes = peak_extra_bytes(lambda: job.step(sparse))
+    one_round = 1.4 * (time.perf_counter() - started)  # forward alone costs 0.4 steps, about
+    runs = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(budget / one_round)))
+    dense_compared, sparse_compared = dense_grads[: job.compared], sparse_grads[: job.compared]
+    values = {
+        "output_error": relative_error([sparse_out], [dense_out]),
+        "gradient_error": relative_error(sparse_compared, dense_compared),
+        "output_difference": largest_difference([sparse_out], [dense_out]),
+        "gradient_difference": largest_difference(sparse_compared, dense_compared),
+    }
+    del dense_out, sparse_out, dense_grads, sparse_grads, dense_compared, sparse_compared
+    tick()
+    calls = {
+        "dense_forward_ms": lambda: job.forward(dense),
+        "sparse_forward_ms": lambda: job.forward(sparse),
+        "dense_step_ms": lambda: job.step(dense),
+        "sparse_step_ms": lambda: job.step(sparse),
+    }
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(runs):
+        for name, call in calls.items():
+            times[name].append(_milliseconds(call))
+    tick()
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    return Row(
+        job=job.name,
+        tokens=job.tokens,
+        runs=runs,
+        dense_bytes=dense_bytes,
+        sparse_bytes=sparse_bytes,
+        **medians,
+        **values,
+    )
+
+
+def peak_extra_bytes(call: Callable[[], Result]) -> tuple[Result, int]:
+    """Return what `call` returns, and the most bytes it held at once beyond what was held before.
+
+    With a GPU this is `torch.cuda.max_memory_allocated`. Otherwise it is the running sum of the
+    allocations and frees that torch's profiler saw from torch's CPU allocator; scratch memory
+    that MKL or oneDNN takes for itself is not seen.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = call()
+        torch.cuda.synchronize()
+        return result, torch.cuda.max_memory_allocated() - before
+    profiler = torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    )
+    with _silent_stderr():
+        profiler.start()
+    result = call()
+    with _silent_stderr(), tempfile.TemporaryDirectory() as folder:
+        profiler.stop()
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = [event for event in events if event.get("name") == "[memory]"]
+    held = peak = 0
+    for change in sorted(changes, key=lambda event: float(event["ts"])):
+        held += change["args"]["Bytes"]
+        peak = max(peak, held)
+    return result, peak
+
+
+def relative_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return |got - expected| / |expected|, Euclidean over all tensors together, in float64."""
+    difference = sum(
+        (a.double() - b.double()).square().sum().item() for a, b in zip(got, expected, strict=True)
+    )
+    size = sum(b.double().square().sum().item() for b in expected)
+    return float((difference / max(size, 1e-300)) ** 0.5)
+
+
+def largest_difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the largest absolute difference between the tensors."""
+    pairs = zip(got, expected, strict=True)
+    return max((a.double() - b.double()).abs().max().item() for a, b in pairs)
+
+
+def _cotangent(like: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + 1)
+    return torch.randn(like.shape, generator=generator).to(like.device, like.dtype)
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+    else:
+        started = time.perf_counter()
+        call()
+    return 1e3 * (time.perf_counter() - started)
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Send the process's stderr nowhere: the profiler's C++ side logs there and cannot be told."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)

@@ -1,0 +1,174 @@
+"""Block-sparse attention as operators of torch, and the autograd function around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from sparseattn.kernels.launch import IndexLists
+from sparseattn.ops.blocked import block_sparse_attention as blocked
+from sparseattn.ops.blocked.plan import Problem
+from sparseattn.ops.blocked.plan import accumulate_dtype as wide_dtype
+from sparseattn.structures.block_mask import BlockMask
+
+_LISTS = "Tensor {0}_offsets, Tensor {0}_indices, Tensor? partial_{0}_offsets, "
+_LISTS += "Tensor? partial_{0}_indices, Tensor? partial_{0}_slots"
+_EXTRAS = "Tensor? token_bits, int block_q, int block_k, float scale, str impl"
+_ROWS, _COLUMNS = _LISTS.format("row"), _LISTS.format("column")
+
+_library = torch.library.Library("sparseattn", "FRAGMENT")
+_library.define(
+    "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? block_gate, "
+    f"{_ROWS}, {_EXTRAS}) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "block_sparse_attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, "
+    f"Tensor k, Tensor v, Tensor? key_bias, Tensor? block_gate, {_ROWS}, {_COLUMNS}, {_EXTRAS}, "
+    "bool needs_key_bias, bool needs_block_gate) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def apply(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    block_gate: Tensor | None,
+    mask: BlockMask,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Run the op, through autograd only if something needs a gradient."""
+    inputs = (q, k, v, key_bias, block_gate)
+    rows = _flat(mask.rows, mask.partial_rows)
+    columns = _flat(mask.columns, mask.partial_columns)
+    options = (mask.token_bits, *mask.block_size, scale, impl)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _BlockSparseAttention.apply(*inputs, *rows, *columns, *options)
+    return torch.ops.sparseattn.block_sparse_attention.default(*inputs, *rows, *options)
+
+
+def _flat(full: Any, partial: Any) -> tuple[Tensor | None, ...]:
+    if partial is None:
+        return full.offsets, full.indices, None, None, None
+    return full.offsets, full.indices, partial.offsets, partial.indices, partial.slots
+
+
+class _BlockSparseAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        inputs, rows, columns, options = args[:5], args[5:10], args[10:15], args[15:]
+        out, lse = torch.ops.sparseattn.block_sparse_attention.default(*inputs, *rows, *options)
+        ctx.save_for_backward(out, lse, *args[:16])
+        ctx.options = options[1:]
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        out = saved[0]
+        if dout is None and dlse is None:
+            return (None,) * len(ctx.needs_input_grad)
+        if dout is None:
+            dout = torch.zeros_like(out)
+        needs = ctx.needs_input_grad
+        gradients = torch.ops.sparseattn.block_sparse_attention_backward.default(
+            dout, dlse, *saved, *ctx.options, needs[3], needs[4]
+        )
+        wanted = (g if need else None for g, need in zip(gradients, needs[:5], strict=True))
+        return *wanted, *(None,) * (len(needs) - 5)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    key_bias, block_gate, rows = rest[0], rest[1], IndexLists(*rest[2:7])
+    token_bits, block_q, block_k, scale, impl = rest[7:]
+    if impl == "triton":
+        from sparseattn.kernels.block_attention import forward
+
+        return forward.forward(
+            q, k, v, key_bias, block_gate, rows, token_bits, (block_q, block_k), scale
+        )
+    problem = Problem(q, k, v, key_bias, block_gate, rows, token_bits, (block_q, block_k), scale)
+    with torch.autocast(q.device.type, enabled=False):
+        return blocked.forward(problem)
+
+
+def _backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, key_bias, block_gate = rest[:5]
+    rows, columns = IndexLists(*rest[5:10]), IndexLists(*rest[10:15])
+    token_bits, block_q, block_k, scale, impl, needs_key_bias, needs_block_gate = rest[15:]
+    needs = (needs_key_bias, needs_block_gate)
+    if impl == "triton":
+        from sparseattn.kernels.block_attention import backward
+
+        dq, dk, dv, dbias, dgate = backward.backward(
+            dout, dlse, out, lse, q, k, v, key_bias, block_gate, rows, columns, token_bits,
+            (block_q, block_k), scale, needs,
+        )  # fmt: skip
+    else:
+        problem = Problem(
+            q, k, v, key_bias, block_gate, rows, token_bits, (block_q, block_k), scale
+        )
+        with torch.autocast(q.device.type, enabled=False):
+            dq, dk, dv, dbias, dgate = blocked.backward(problem, out, lse, dout, dlse, needs)
+    nothing = lse.new_empty(0)
+    return dq, dk, dv, nothing if dbias is None else dbias, nothing.clone() if dgate is None else dgate
+
+
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=wide_dtype(q.dtype))
+
+
+def _backward_fake(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, key_bias, block_gate = rest[:5]
+    needs_key_bias, needs_block_gate = rest[-2:]
+    wide = wide_dtype(q.dtype)
+    shapes = [t.shape if need else (0,) for t, need in ((key_bias, needs_key_bias), (block_gate, needs_block_gate))]
+    extra = [q.new_empty(shape, dtype=wide) for shape in shapes]
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), extra[0], extra[1]
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("block_sparse_attention", _forward, _device)
+    _library.impl("block_sparse_attention_backward", _backward, _device)
+torch.library.register_fake("sparseattn::block_sparse_attention", _forward_fake, lib=_library)
+torch.library.register_fake(
+    "sparseattn::block_sparse_attention_backward", _backward_fake, lib=_library
+)
+
+
+def _flops(q_shape: Any, rows_shape: Any, partial_shape: Any, block_q: int, block_k: int) -> int:
+    """2 products of 2 * D operations per pair, over all the blocks that the lists can hold."""
+    batch, heads, _, head_dim = q_shape
+    blocks = rows_shape[2] + (0 if partial_shape is None else partial_shape[2])
+    return 4 * head_dim * batch * heads * blocks * block_q * block_k
+
+
+@register_flop_formula(torch.ops.sparseattn.block_sparse_attention)
+def _forward_flops(
+    q: Any, k: Any, v: Any, bias: Any, gate: Any, row_offsets: Any, rows: Any,
+    partial_offsets: Any, partial_rows: Any, slots: Any, bits: Any, block_q: int, block_k: int,
+    *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    return _flops(q, rows, partial_rows, block_q, block_k)
+
+
+@register_flop_formula(torch.ops.sparseattn.block_sparse_attention_backward)
+def _backward_flops(
+    dout: Any, dlse: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, bias: Any, gate: Any,
+    row_offsets: Any, rows: Any, partial_offsets: Any, partial_rows: Any, *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    block_q, block_k = args[7], args[8]
+    return _flops(q, rows, partial_rows, block_q, block_k) * 5 // 2

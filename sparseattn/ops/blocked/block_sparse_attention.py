@@ -1,0 +1,214 @@
+"""Block-sparse attention in torch: cost and memory follow the blocks that are kept.
+
+Query blocks whose lists are equally long are computed together, a cache-sized chunk at a time: their
+key and value blocks are gathered, then dense math runs on the gathered keys. The forward uses
+torch's fused attention; the backward recomputes the weights from lse and uses plain products.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparseattn.ops.blocked import plan
+from sparseattn.structures import token_bits as bits_of
+
+# Gathered keys of a chunk (for 64 queries a block): what keeps one step of the chunk in cache.
+_FORWARD_KEYS = 16384
+_BACKWARD_KEYS = 8192
+# A slab copies strided or ragged keys, and sums dk and dv in float32; so many keys are open at once.
+_SLAB_KEYS = 32768
+
+
+def forward(problem: plan.Problem) -> tuple[Tensor, Tensor]:
+    """Return o like q, and the natural-log lse [B, H, Nq] in the accumulation dtype."""
+    q = problem.q
+    out = torch.zeros_like(q)
+    lse = q.new_full(q.shape[:3], -math.inf, dtype=plan.accumulate_dtype(q.dtype))
+    for slab in plan.slabs(problem, _SLAB_KEYS):
+        tables = [plan.block_table(t, slab, problem.block_size[1]) for t in (problem.k, problem.v)]
+        q_table, out_table, lse_table = (plan.query_table(t, slab, problem) for t in (q, out, lse))
+        for chunk in plan.chunks(problem, slab, _FORWARD_KEYS):
+            keys, values = (plan.gather(table, chunk.ids) for table in tables)
+            bias = _chunk_bias(problem, chunk, keys, values)
+            queries = q_table.index_select(0, chunk.lines).unflatten(1, (problem.block_size[0], -1))
+            o, l = _attend(queries, keys, values, bias, problem.scale)
+            out_table.index_copy_(0, chunk.lines, o.flatten(1))
+            lse_table.index_copy_(0, chunk.lines, l)
+        plan.write_back(out, out_table, slab, problem)
+        plan.write_back(lse, lse_table, slab, problem)
+    return out, lse
+
+
+def backward(
+    problem: plan.Problem,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return dq, dk, dv, and the gradients of key_bias and block_gate where `needs` says so."""
+    q, k, v = problem.q, problem.k, problem.v
+    wide = plan.accumulate_dtype(q.dtype)
+    delta = torch.linalg.vecdot(dout.to(wide), out.to(wide))
+    if dlse is not None:
+        delta = delta - dlse
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    bias = problem.padded_bias
+    dbias = torch.zeros_like(bias) if bias is not None and needs[0] else None
+    gate = problem.block_gate
+    dgate = torch.zeros_like(gate, dtype=wide) if gate is not None and needs[1] else None
+    for slab in plan.slabs(problem, _SLAB_KEYS):
+        block_k = problem.block_size[1]
+        tables = [plan.block_table(t, slab, block_k) for t in (k, v)]
+        sums = [torch.zeros_like(table, dtype=wide).flatten(1) for table in tables]
+        per_query = [plan.query_table(t, slab, problem) for t in (q, dout, dq, lse, delta)]
+        for chunk in plan.chunks(problem, slab, _BACKWARD_KEYS):
+            ds = _backward_chunk(problem, chunk, tables, sums, per_query)
+            if dbias is not None:
+                _add_bias_gradient(dbias, ds, chunk)
+            if dgate is not None:
+                _add_gate_gradient(dgate, ds, chunk)
+        plan.write_back(dq, per_query[2], slab, problem)
+        for gradient, total in zip((dk, dv), sums, strict=True):
+            part = gradient[slab.b0 : slab.b1, slab.g0 : slab.g1]
+            total = total.view(*part.shape[:2], -1, part.shape[3])
+            part.copy_(total[:, :, : part.shape[2]])
+    if dbias is not None:
+        dbias = dbias.flatten(2)[..., : k.shape[2]].contiguous()
+    return dq, dk, dv, dbias, dgate
+
+
+def _backward_chunk(
+    problem: plan.Problem,
+    chunk: plan.Chunk,
+    tables: list[Tensor],
+    sums: list[Tensor],
+    per_query: list[Tensor],
+) -> Tensor:
+    """Add one chunk's share to dq, dk and dv; return its ds [n, block_q, e, block_k]."""
+    block_q, block_k = problem.block_size
+    wide = plan.accumulate_dtype(problem.q.dtype)
+    keys, values = (plan.gather(table, chunk.ids) for table in tables)
+    bias = _chunk_bias(problem, chunk, keys, values)
+    q_table, dout_table, dq_table, lse_table, delta_table = per_query
+    queries = q_table.index_select(0, chunk.lines).unflatten(1, (block_q, -1))
+    douts = dout_table.index_select(0, chunk.lines).unflatten(1, (block_q, -1))
+    lse = lse_table.index_select(0, chunk.lines)[..., None]
+    delta = delta_table.index_select(0, chunk.lines)[..., None]
+    empty = lse == -math.inf
+    queries = queries.masked_fill(empty, 0)
+    douts = douts.masked_fill(empty, 0)
+    # exact products under the exponent: a rounded one would not cancel against lse
+    logits = torch.bmm(queries.to(wide), keys.to(wide).mT)  # [n, bq, e * bk]
+    if bias is None:
+        p = logits.mul_(problem.scale).sub_(lse).exp_()
+    else:
+        p = logits.mul_(problem.scale).add_(bias).sub_(lse.masked_fill(empty, math.inf)).exp_()
+    narrow = p.to(douts.dtype)
+    dvalues = torch.bmm(narrow.mT, douts)  # [n, e * bk, D]
+    dp = torch.bmm(douts, values.mT)
+    ds = dp.sub_(delta).mul_(p) if dp.dtype == wide else (dp - delta).mul_(p)
+    narrow = ds.to(queries.dtype)
+    dq = torch.bmm(narrow, keys).mul_(problem.scale)
+    dkeys = torch.bmm(narrow.mT, queries).mul_(problem.scale)
+    dq_table.index_copy_(0, chunk.lines, dq.flatten(1))
+    for total, part in zip(sums, (dkeys, dvalues), strict=True):
+        part = part.view(chunk.ids.numel(), -1)
+        total.index_add_(0, chunk.ids.flatten(), part.to(wide))
+    return ds.unflatten(2, (-1, block_k))
+
+
+def _attend(
+    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Dense attention of [n, bq, D] over [n, keys, D]: o [n, bq, D] and lse [n, bq]."""
+    if queries.device.type == "cpu":
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        mask = None if bias is None else bias[:, None]
+        q, k, v = queries[:, None], keys[:, None], values[:, None]
+        o, lse = fused(q, k, v, attn_mask=mask, scale=scale)
+        o, lse = o.reshape(queries.shape), lse.reshape(queries.shape[:2])
+        seen = None if bias is None else (bias > -math.inf).any(-1)
+        if seen is not None:
+            lse = lse.where(seen, -math.inf)
+        return o, lse
+    logits = torch.bmm(queries, keys.mT).to(plan.accumulate_dtype(queries.dtype)) * scale
+    if bias is not None:
+        logits = logits + bias
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse.masked_fill(lse == -math.inf, math.inf)[..., None]).exp()
+    return torch.bmm(weights.to(values.dtype), values), lse
+
+
+def _chunk_bias(problem: plan.Problem, chunk: plan.Chunk, keys: Tensor, values: Tensor) -> Tensor | None:
+    """Return what is added to the chunk's logits, [n, 1 or bq, e * bk], or None if nothing is.
+
+    Keys that nobody may see are zeroed in the gathered keys and values, so NaN there stays there.
+    """
+    block_q, block_k = problem.block_size
+    k_len = problem.k.shape[2]
+    wide = plan.accumulate_dtype(problem.q.dtype)
+    parts: list[Tensor] = []
+    if problem.padded_bias is not None:
+        head = chunk.head if problem.padded_bias.shape[1] > 1 else torch.zeros_like(chunk.head)
+        bias = problem.padded_bias[chunk.batch[:, None], head[:, None], chunk.columns].flatten(1)
+        hidden = (bias == -math.inf)[..., None]
+        keys.masked_fill_(hidden, 0)
+        values.masked_fill_(hidden, 0)
+        parts.append(bias[:, None])
+    elif k_len % block_k and bool((chunk.columns == k_len // block_k).any()):
+        place = torch.arange(block_k, device=keys.device)
+        beyond = chunk.columns[..., None] * block_k + place >= k_len
+        bias = torch.zeros(beyond.shape, dtype=wide, device=keys.device)
+        parts.append(bias.masked_fill_(beyond, -math.inf).flatten(1)[:, None])
+    if problem.block_gate is not None:
+        gate = problem.block_gate
+        head = chunk.head if gate.shape[1] > 1 else torch.zeros_like(chunk.head)
+        gate = gate[chunk.batch[:, None], head[:, None], chunk.row[:, None], chunk.columns].to(wide)
+        parts.append(gate.repeat_interleave(block_k, 1)[:, None])
+    if chunk.slots.shape[1] and problem.token_bits is not None:
+        parts.append(_token_bias(problem, chunk, wide))
+    if not parts:
+        return None
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _token_bias(problem: plan.Problem, chunk: plan.Chunk, wide: torch.dtype) -> Tensor:
+    """Return 0 or -inf for every token pair of the chunk, [n, bq, e * bk]."""
+    bits = problem.token_bits
+    if bits is None:
+        raise ValueError("block_sparse_attention: token_bits is None; expected a tensor")
+    block_q, block_k = problem.block_size
+    batch = (chunk.batch if bits.shape[0] > 1 else torch.zeros_like(chunk.batch))[:, None]
+    head = (chunk.head if bits.shape[1] > 1 else torch.zeros_like(chunk.head))[:, None]
+    shown = bits_of.unpack(bits[batch, head, chunk.slots], block_k)  # [n, p, bq, bk]
+    num_partial, entries = chunk.slots.shape[1], chunk.ids.shape[1]
+    bias = torch.zeros((len(chunk.lines), block_q, entries, block_k), dtype=wide, device=bits.device)
+    bias[:, :, :num_partial].masked_fill_(~shown.transpose(1, 2), -math.inf)
+    return bias.flatten(2)
+
+
+def _add_bias_gradient(dbias: Tensor, ds: Tensor, chunk: plan.Chunk) -> None:
+    """dbias[b, h, key] += sum of ds over the queries that see it."""
+    heads, columns = dbias.shape[1:3]
+    head = chunk.head if heads > 1 else torch.zeros_like(chunk.head)
+    place = ((chunk.batch * heads + head) * columns)[:, None] + chunk.columns
+    dbias.view(-1, dbias.shape[3]).index_add_(0, place.flatten(), ds.sum(1).flatten(0, 1))
+
+
+def _add_gate_gradient(dgate: Tensor, ds: Tensor, chunk: plan.Chunk) -> None:
+    """dgate[b, h, row, column] += sum of ds over the block."""
+    heads, rows, columns = dgate.shape[1:]
+    head = chunk.head if heads > 1 else torch.zeros_like(chunk.head)
+    line = (chunk.batch * heads + head) * rows + chunk.row
+    place = line[:, None] * columns + chunk.columns
+    dgate.view(-1).index_add_(0, place.flatten(), ds.sum((1, 3)).flatten())
+
+

@@ -1,0 +1,207 @@
+"""Which query blocks are computed together, and with which gathered key blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparseattn.kernels.launch import IndexLists
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call's inputs."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_bias: Tensor | None
+    block_gate: Tensor | None
+    rows: IndexLists
+    token_bits: Tensor | None
+    block_size: tuple[int, int]
+    scale: float
+
+    @property
+    def group(self) -> int:
+        """Query heads per key head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @cached_property
+    def padded_bias(self) -> Tensor | None:
+        """key_bias as [B, 1 or H, C, block_k] in the accumulation dtype, -inf past the last key."""
+        if self.key_bias is None:
+            return None
+        block_k = self.block_size[1]
+        bias = self.key_bias.to(accumulate_dtype(self.q.dtype))
+        bias = torch.nn.functional.pad(bias, (0, -bias.shape[2] % block_k), value=-math.inf)
+        return bias.unflatten(2, (-1, block_k))
+
+
+class Slab(NamedTuple):
+    """Batch entries b0 to b1 and key heads g0 to g1, computed with one table of key blocks."""
+
+    b0: int
+    b1: int
+    g0: int
+    g1: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Query blocks with equally long lists.
+
+    lines    [n]        which query blocks of the slab, as int64
+    batch, head, row    [n] each: where they are
+    ids      [n, e]     their key blocks in the slab's table, partial blocks first
+    columns  [n, e]     the same as columns of the mask
+    slots    [n, p]     token bits of the first p entries
+    """
+
+    lines: Tensor
+    batch: Tensor
+    head: Tensor
+    row: Tensor
+    ids: Tensor
+    columns: Tensor
+    slots: Tensor
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of sums and of lse: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def gather(table: Tensor, ids: Tensor) -> Tensor:
+    """Gather key blocks: [blocks, bk, D] at [n, e] -> [n, e * bk, D]."""
+    blocks = table.flatten(1).index_select(0, ids.flatten())
+    return blocks.view(ids.shape[0], ids.shape[1] * table.shape[1], table.shape[2])
+
+
+def slabs(problem: Problem, most_keys: int) -> Iterator[Slab]:
+    """Cut batch and key heads into slabs of about `most_keys` keys, at least one head each.
+
+    Keys that already lie in whole blocks need no copy, but the sums of the backward pass do.
+    """
+    batch, heads, k_len, _ = problem.k.shape
+    if k_len == 0 or problem.q.shape[2] == 0 or problem.q.shape[1] == 0:
+        return
+    fit = max(1, most_keys // k_len)
+    if fit >= heads:
+        step = max(1, fit // heads)
+        yield from (Slab(b, min(b + step, batch), 0, heads) for b in range(0, batch, step))
+        return
+    for b in range(batch):
+        yield from (Slab(b, b + 1, g, min(g + fit, heads)) for g in range(0, heads, fit))
+
+
+def block_table(tensor: Tensor, slab: Slab, block: int) -> Tensor:
+    """Return a slab's keys as [blocks, block, D]; a copy only if they are ragged or strided."""
+    part = tensor[slab.b0 : slab.b1, slab.g0 : slab.g1]
+    spare = -part.shape[2] % block
+    if spare:
+        part = torch.nn.functional.pad(part, (0, 0, 0, spare))
+    return part.reshape(-1, block, part.shape[3])
+
+
+def query_table(tensor: Tensor, slab: Slab, problem: Problem) -> Tensor:
+    """Return a slab's queries, or values per query, as [query blocks, block_q * anything]."""
+    block_q = problem.block_size[0]
+    heads = slice(slab.g0 * problem.group, slab.g1 * problem.group)
+    part = tensor[slab.b0 : slab.b1, heads]
+    spare = -part.shape[2] % block_q
+    if spare:
+        part = torch.nn.functional.pad(part, (0, 0) * (part.dim() - 3) + (0, spare))
+    return part.reshape(part.shape[0] * part.shape[1] * (part.shape[2] // block_q), -1)
+
+
+def write_back(target: Tensor, table: Tensor, slab: Slab, problem: Problem) -> None:
+    """Copy a query table to its place, unless it is a view of that place already."""
+    heads = slice(slab.g0 * problem.group, slab.g1 * problem.group)
+    part = target[slab.b0 : slab.b1, heads]
+    if table.data_ptr() == part.data_ptr():
+        return
+    part.copy_(table.view(*part.shape[:2], -1, *part.shape[3:])[:, :, : part.shape[2]])
+
+
+def chunks(problem: Problem, slab: Slab, most_keys: int) -> Iterator[Chunk]:
+    """Yield the slab's query blocks in chunks of equally long lists; empty ones are left out."""
+    block_q, block_k = problem.block_size
+    num_rows = -(-problem.q.shape[2] // block_q)
+    num_columns = -(-problem.k.shape[2] // block_k)
+    group, device = problem.group, problem.q.device
+    heads = (slab.g1 - slab.g0) * group
+    batch, head, row = np.unravel_index(
+        np.arange((slab.b1 - slab.b0) * heads * num_rows), (slab.b1 - slab.b0, heads, num_rows)
+    )
+    table = (batch * (slab.g1 - slab.g0) + head // group) * num_columns
+    batch, head = batch + slab.b0, head + slab.g0 * group
+    full = _HostLists(problem.rows.offsets, problem.rows.indices, None)
+    starts, counts = full.lines(batch, head, row)
+    partial_starts, partial_counts = starts, np.zeros_like(counts)
+    partial = None
+    if problem.rows.partial_offsets is not None:
+        partial = _HostLists(*problem.rows[2:])
+        partial_starts, partial_counts = partial.lines(batch, head, row)
+    order = np.lexsort((counts, partial_counts)) if counts.size else counts
+    order = order[(counts + partial_counts)[order] > 0]
+    lengths = np.stack((partial_counts, counts), 1)[order]
+    edges = np.flatnonzero(np.diff(lengths, axis=0).any(1)) + 1
+    for run in np.split(order, edges):
+        if not run.size:
+            continue
+        p, f = partial_counts[run[0]], counts[run[0]]
+        step = int(max(1, most_keys * 64 // ((p + f) * block_k * max(block_q, 64))))
+        for at in range(0, run.size, step):
+            lines = run[at : at + step]
+            where = (batch[lines], head[lines])
+            columns = full.entries(*where, starts[lines], f)[0]
+            slots = np.zeros((lines.size, 0), np.int64)
+            if partial is not None and p:
+                first, slots = partial.entries(*where, partial_starts[lines], p)
+                columns = np.concatenate((first, columns), 1)
+            ids = table[lines][:, None] + columns
+            parts = (lines, *where, row[lines], ids, columns, slots)
+            yield Chunk(*(torch.from_numpy(part).to(device) for part in parts))
+
+
+class _HostLists:
+    """Lists read on the host."""
+
+    def __init__(self, offsets: Tensor, indices: Tensor | None, slots: Tensor | None) -> None:
+        self.offsets = offsets.cpu().numpy()
+        self.indices = np.zeros((1, 1, 0), np.int32) if indices is None else indices.cpu().numpy()
+        self.slots = None if slots is None else slots.cpu().numpy()
+
+    def lines(
+        self, batch: np.ndarray, head: np.ndarray, row: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return where the lists of these rows start, and how long they are."""
+        batch, head = self._shared(batch, head)
+        starts = self.offsets[batch, head, row].astype(np.int64)
+        return starts, self.offsets[batch, head, row + 1] - starts
+
+    def entries(
+        self, batch: np.ndarray, head: np.ndarray, starts: np.ndarray, count: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the columns [n, count] and the slots [n, count] of lists that start there."""
+        batch, head = self._shared(batch, head)
+        place = (batch[:, None], head[:, None], starts[:, None] + np.arange(count))
+        columns = self.indices[place].astype(np.int64)
+        slots = columns if self.slots is None else self.slots[place].astype(np.int64)
+        return columns, slots
+
+    def _shared(self, batch: np.ndarray, head: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A mask of one batch entry or head serves all."""
+        batches, heads = self.offsets.shape[:2]
+        return (
+            batch if batches > 1 else np.zeros_like(batch),
+            head if heads > 1 else np.zeros_like(head),
+        )

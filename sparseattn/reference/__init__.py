@@ -1,0 +1,1 @@
+"""What each op means: naive torch, any float dtype, any device."""

@@ -1,0 +1,1 @@
+"""Pictures of masks and errors, and the page that shows them."""
