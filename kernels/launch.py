@@ -53,14 +53,9 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
     return (whole, 0) if whole == 16 or first + rest >= whole else (first, rest)
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """Return how float32 products are made: TF32 only where torch's own switch allows it.
-
-    Three TF32 products stand in for a float32 one: about its accuracy, on tensor cores.
-    """
-    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return "tf32x3"
+def dot_precision(dtype: torch.dtype, float32: str) -> str:
+    """Return how products are made: TF32 only for float32 where torch's own switch allows it."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else float32
 
 
 def raise_bfloat16(tensor: Tensor | None, interpreting: bool) -> Tensor | None:

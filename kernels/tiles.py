@@ -22,13 +22,16 @@ def load_chunk(
     """Load [ROWS, COLUMNS] from column FIRST on; zero past column D and where row_ok is false."""
     columns = FIRST + tl.arange(0, COLUMNS)
     ptrs = ptr + tl.arange(0, ROWS)[:, None] * row_stride + columns[None, :]
-    if CHECK_ROWS:
-        if FIRST + COLUMNS > D:
-            return tl.load(ptrs, mask=row_ok[:, None] & (columns < D)[None, :], other=0.0)
-        return tl.load(ptrs, mask=row_ok[:, None], other=0.0)
-    if FIRST + COLUMNS > D:
-        return tl.load(ptrs, mask=(columns < D)[None, :], other=0.0)
-    return tl.load(ptrs)
+    HAS_SPARE: tl.constexpr = FIRST + COLUMNS > D
+    if CHECK_ROWS and HAS_SPARE:
+        chunk = tl.load(ptrs, mask=row_ok[:, None] & (columns < D)[None, :], other=0.0)
+    elif CHECK_ROWS:
+        chunk = tl.load(ptrs, mask=row_ok[:, None], other=0.0)
+    elif HAS_SPARE:
+        chunk = tl.load(ptrs, mask=(columns < D)[None, :], other=0.0)
+    else:
+        chunk = tl.load(ptrs)
+    return chunk
 
 
 @triton.jit
@@ -45,8 +48,10 @@ def load_rows(
     """Load ROWS rows of D columns as two chunks."""
     first = load_chunk(ptr, row_stride, row_ok, 0, D0, D, ROWS, CHECK_ROWS)
     if D1 > 0:
-        return first, load_chunk(ptr, row_stride, row_ok, D0, D1, D, ROWS, CHECK_ROWS)
-    return first, first
+        second = load_chunk(ptr, row_stride, row_ok, D0, D1, D, ROWS, CHECK_ROWS)
+    else:
+        second = first
+    return first, second
 
 
 @triton.jit
@@ -96,8 +101,10 @@ def zero_chunks(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     """Return float32 zeros for two chunks; the second is a stand-in where D1 is 0."""
     first = tl.zeros([ROWS, D0], tl.float32)
     if D1 > 0:
-        return first, tl.zeros([ROWS, D1], tl.float32)
-    return first, tl.zeros([16, 16], tl.float32)
+        second = tl.zeros([ROWS, D1], tl.float32)
+    else:
+        second = tl.zeros([16, 16], tl.float32)
+    return first, second
 
 
 @triton.jit
@@ -128,8 +135,10 @@ def token_is_visible(
         else:
             words = tl.where(word_of_key[None, :] == word, loaded[:, None], words)
     if TRANSPOSED:
-        return ((words >> (keys % 32)[:, None]) & 1) == 1
-    return ((words >> (keys % 32)[None, :]) & 1) == 1
+        place = (keys % 32)[:, None]
+    else:
+        place = (keys % 32)[None, :]
+    return ((words >> place) & 1) == 1
 
 
 @triton.jit

@@ -108,7 +108,7 @@ def _launch_dkv(
     dk: Tensor, dv: Tensor, scale: float, needs_bias: bool,
 ) -> Tensor | None:  # fmt: skip
     q, k = call.tensors[:2]
-    launch = call.pick(tuning.BACKWARD_DKV)
+    launch, options = call.pick(tuning.BACKWARD_DKV)
     num_tiles = triton.cdiv(k.shape[2], launch.tile_k)
     dbias = lse.new_empty((*q.shape[:2], k.shape[2])) if needs_bias else lse
     block_attention_bwd_dkv_kernel[(k.shape[0] * k.shape[1] * num_tiles,)](
@@ -116,7 +116,7 @@ def _launch_dkv(
         *call.strides, dout.stride()[:3], dk.stride()[:3], dv.stride()[:3], *call.extra_strides,
         q.shape[1], q.shape[2], k.shape[2], call.num_columns, num_tiles, call.num_rows,
         *call.mask_steps, *call.capacities(columns), scale,
-        NEEDS_BIAS=needs_bias, **call.backward_flags, **call.tiles(launch),
+        NEEDS_BIAS=needs_bias, **call.backward_flags, **options,
     )  # fmt: skip
     return dbias if needs_bias else None
 
@@ -126,7 +126,7 @@ def _launch_dq(
     needs_gate: bool,
 ) -> Tensor | None:  # fmt: skip
     q, k = call.tensors[:2]
-    launch = call.pick(tuning.BACKWARD_DQ)
+    launch, options = call.pick(tuning.BACKWARD_DQ)
     num_tiles = triton.cdiv(q.shape[2], launch.tile_q)
     shares = lse
     if needs_gate:
@@ -136,7 +136,7 @@ def _launch_dq(
         *call.strides, dout.stride()[:3], dq.stride()[:3], *call.extra_strides,
         q.shape[1], q.shape[2], k.shape[2], call.num_rows, num_tiles, call.num_columns,
         *call.mask_steps, *call.row_capacities, scale,
-        NEEDS_GATE=needs_gate, **call.backward_flags, **call.tiles(launch),
+        NEEDS_GATE=needs_gate, **call.backward_flags, **options,
     )  # fmt: skip
     if not needs_gate:
         return None

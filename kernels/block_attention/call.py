@@ -59,7 +59,6 @@ class Call:
             "D1": d1,
             "MASK_BLOCK_Q": block_size[0],
             "MASK_BLOCK_K": block_size[1],
-            "PRECISION": launching.dot_precision(q.dtype),
         }
         bias = blank[0] if key_bias is None else launching.unit_stride(key_bias)
         return cls(
@@ -128,25 +127,22 @@ class Call:
         bits_strides = (*launching.shared_strides(self.bits, 2), *self.bits.stride()[2:4])
         return launching.shared_strides(bias, 2), gate_strides, bits_strides
 
-    def pick(self, table: tuple[tuning.Row, ...]) -> launching.Launch:
-        """Return the launch parameters for these inputs, tiles cut to the mask's blocks."""
+    def pick(self, table: tuple[tuning.Row, ...]) -> tuple[launching.Launch, dict[str, Any]]:
+        """Return the launch for these inputs, tiles cut to the mask's blocks, also as keywords."""
         q = self.tensors[0]
         capability = 90
         if q.is_cuda:
             major, minor = torch.cuda.get_device_capability(q.device)
             capability = 10 * major + minor
-        launch = tuning.pick(table, capability, q.element_size(), q.shape[3])
-        return launch._replace(
-            tile_q=launching.fit_tile(launch.tile_q, self.block_size[0]),
-            tile_k=launching.fit_tile(launch.tile_k, self.block_size[1]),
+        row = tuning.pick(table, capability, q.element_size(), q.shape[3])
+        launch = row.launch._replace(
+            tile_q=launching.fit_tile(row.launch.tile_q, self.block_size[0]),
+            tile_k=launching.fit_tile(row.launch.tile_k, self.block_size[1]),
         )
-
-    @staticmethod
-    def tiles(launch: launching.Launch) -> dict[str, int]:
-        """Return a launch as keyword arguments."""
-        return {
+        return launch, {
             "BLOCK_Q": launch.tile_q,
             "BLOCK_K": launch.tile_k,
+            "PRECISION": launching.dot_precision(q.dtype, row.float32),
             "num_warps": launch.num_warps,
             "num_stages": launch.num_stages,
         }

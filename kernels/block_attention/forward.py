@@ -271,7 +271,7 @@ def forward(
     call = Call.prepare(q, k, v, key_bias, block_gate, rows, token_bits, block_size, scale)
     if out.numel() == 0:
         return out, lse
-    launch = call.pick(tuning.FORWARD)
+    launch, options = call.pick(tuning.FORWARD)
     num_tiles = triton.cdiv(q.shape[2], launch.tile_q)
     programs = q.shape[0] * q.shape[1] * num_tiles
     if num_splits is None:
@@ -286,7 +286,7 @@ def forward(
             *call.strides, out.stride()[:3], *call.extra_strides,
             q.shape[1], q.shape[2], k.shape[2], call.num_rows, num_tiles, call.num_columns,
             *call.mask_steps, *call.row_capacities, num_splits, call.scale,
-            HAS_SPLITS=num_splits > 1, **call.flags, **call.tiles(launch),
+            HAS_SPLITS=num_splits > 1, **call.flags, **options,
         )  # fmt: skip
         if num_splits > 1:
             num_tiles = triton.cdiv(q.shape[2], tuning.COMBINE_ROWS)

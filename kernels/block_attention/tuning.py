@@ -12,12 +12,20 @@ from ..launch import Launch
 
 
 class Row(NamedTuple):
-    """One line of a table."""
+    """One line of a table.
+
+    float32: how float32 products are made where TF32 is not allowed. "tf32x3" is three TF32
+        products on tensor cores; "ieee" is plain arithmetic, where "tf32x3" does not fit registers.
+    spills: register spills that a compiled row may have. Up to 8 are addresses that the compiler
+        parks before the loops to fit one more warp; more would mean tiles that do not fit.
+    """
 
     capability: int
     itemsize: int
     head_dim: int
     launch: Launch
+    float32: str = "tf32x3"
+    spills: int = 0
 
 
 # fmt: off
@@ -25,46 +33,46 @@ class Row(NamedTuple):
 FORWARD = (
     Row(              90,   2,   64, Launch(    128,    128,     8,      3)),
     Row(              90,   2,  128, Launch(    128,     64,     8,      3)),
-    Row(              90,   2,  256, Launch(    128,     64,     8,      2)),
-    Row(              90,   4,   64, Launch(     64,     64,     4,      2)),
-    Row(              90,   4,  128, Launch(     64,     32,     4,      2)),
-    Row(              90,   4,  256, Launch(     32,     32,     4,      2)),
-    Row(              80,   2,   64, Launch(    128,     64,     4,      3)),
-    Row(              80,   2,  128, Launch(    128,     32,     4,      3)),
-    Row(              80,   2,  256, Launch(     64,     32,     4,      2)),
-    Row(              80,   4,   64, Launch(     64,     32,     4,      2)),
-    Row(              80,   4,  128, Launch(     32,     32,     4,      2)),
-    Row(              80,   4,  256, Launch(     16,     16,     4,      2)),
+    Row(              90,   2,  256, Launch(     64,     32,     8,      3)),
+    Row(              90,   4,   64, Launch(     64,     32,     4,      3)),
+    Row(              90,   4,  128, Launch(     32,     16,     8,      2), "ieee"),
+    Row(              90,   4,  256, Launch(     32,     16,     8,      1), "ieee"),
+    Row(              80,   2,   64, Launch(    128,     64,     8,      3)),
+    Row(              80,   2,  128, Launch(     64,     32,     4,      2)),
+    Row(              80,   2,  256, Launch(     32,     32,     4,      2)),
+    Row(              80,   4,   64, Launch(     32,     32,     4,      2)),
+    Row(              80,   4,  128, Launch(     32,     16,     8,      2), "ieee"),
+    Row(              80,   4,  256, Launch(     32,     16,     8,      1), "ieee"),
 )
 
 BACKWARD_DKV = (
-    Row(              90,   2,   64, Launch(     64,    128,     8,      2)),
-    Row(              90,   2,  128, Launch(     64,     64,     8,      2)),
-    Row(              90,   2,  256, Launch(     32,     64,     8,      1)),
-    Row(              90,   4,   64, Launch(     32,     64,     4,      2)),
-    Row(              90,   4,  128, Launch(     32,     32,     4,      1)),
-    Row(              90,   4,  256, Launch(     16,     16,     4,      1)),
-    Row(              80,   2,   64, Launch(     64,     64,     4,      2)),
-    Row(              80,   2,  128, Launch(     32,     64,     4,      2)),
-    Row(              80,   2,  256, Launch(     32,     32,     4,      1)),
-    Row(              80,   4,   64, Launch(     32,     32,     4,      2)),
-    Row(              80,   4,  128, Launch(     16,     32,     4,      1)),
-    Row(              80,   4,  256, Launch(     16,     16,     4,      1)),
+    Row(              90,   2,   64, Launch(     64,     64,     8,      2)),
+    Row(              90,   2,  128, Launch(     32,     64,     8,      2)),
+    Row(              90,   2,  256, Launch(     32,     32,     8,      2)),
+    Row(              90,   4,   64, Launch(     32,     32,     8,      2)),
+    Row(              90,   4,  128, Launch(     16,     32,     8,      1), "ieee", 8),
+    Row(              90,   4,  256, Launch(     16,     16,     8,      1), "ieee", 8),
+    Row(              80,   2,   64, Launch(     32,     64,     4,      2)),
+    Row(              80,   2,  128, Launch(     32,     32,     4,      2)),
+    Row(              80,   2,  256, Launch(     32,     32,     8,      1)),
+    Row(              80,   4,   64, Launch(     16,     32,     4,      1)),
+    Row(              80,   4,  128, Launch(     16,     32,     8,      1), "ieee", 8),
+    Row(              80,   4,  256, Launch(     16,     16,     8,      1), "ieee", 8),
 )
 
 BACKWARD_DQ = (
     Row(              90,   2,   64, Launch(    128,     64,     8,      2)),
     Row(              90,   2,  128, Launch(     64,     64,     8,      2)),
-    Row(              90,   2,  256, Launch(     64,     32,     8,      1)),
-    Row(              90,   4,   64, Launch(     64,     32,     4,      2)),
-    Row(              90,   4,  128, Launch(     32,     32,     4,      1)),
-    Row(              90,   4,  256, Launch(     16,     16,     4,      1)),
-    Row(              80,   2,   64, Launch(     64,     64,     4,      2)),
-    Row(              80,   2,  128, Launch(     64,     32,     4,      2)),
-    Row(              80,   2,  256, Launch(     32,     32,     4,      1)),
-    Row(              80,   4,   64, Launch(     32,     32,     4,      2)),
-    Row(              80,   4,  128, Launch(     32,     16,     4,      1)),
-    Row(              80,   4,  256, Launch(     16,     16,     4,      1)),
+    Row(              90,   2,  256, Launch(     32,     32,     8,      1)),
+    Row(              90,   4,   64, Launch(     64,     32,     4,      1)),
+    Row(              90,   4,  128, Launch(     32,     32,     8,      1), "ieee", 8),
+    Row(              90,   4,  256, Launch(     32,     16,     8,      2), "ieee", 8),
+    Row(              80,   2,   64, Launch(     64,     32,     4,      2)),
+    Row(              80,   2,  128, Launch(     32,     32,     4,      2)),
+    Row(              80,   2,  256, Launch(     32,     32,     8,      1)),
+    Row(              80,   4,   64, Launch(     32,     32,     8,      1)),
+    Row(              80,   4,  128, Launch(     32,     16,     8,      1), "ieee", 8),
+    Row(              80,   4,  256, Launch(     16,     16,     8,      1), "ieee", 8),
 )
 # fmt: on
 
@@ -76,12 +84,11 @@ SPLIT_TILES = 8
 MOST_SPLITS = 32
 
 
-def pick(table: tuple[Row, ...], capability: int, itemsize: int, head_dim: int) -> Launch:
-    """Return the launch parameters of the first row that fits."""
+def pick(table: tuple[Row, ...], capability: int, itemsize: int, head_dim: int) -> Row:
+    """Return the first row that fits."""
     for row in table:
-        if capability >= row.capability and (itemsize, head_dim) <= (row.itemsize, row.head_dim):
-            if itemsize == row.itemsize:
-                return row.launch
+        if capability >= row.capability and itemsize == row.itemsize and head_dim <= row.head_dim:
+            return row
     raise NotImplementedError(
         f"block_attention: no launch row for capability {capability}, {itemsize} bytes, "
         f"head dim {head_dim}"

@@ -18,7 +18,14 @@ from sparseattn.cli import demo_vit as vit
 from sparseattn.cli.demo_measure import Job, attention_job, compare, relative_error, stack_job
 from sparseattn.cli.demo_page import Findings, write_page
 from sparseattn.data import Radiograph, load_radiograph, to_square
-from sparseattn.viz.report import Row, Selection, rows_table, selections_table, text_table
+from sparseattn.viz.report import (
+    Row,
+    Selection,
+    difference,
+    rows_table,
+    selections_table,
+    text_table,
+)
 
 BLOCKS = (16, 64, 256)  # squares of patches that are also block sizes of BlockMask
 NEEDED = {
@@ -55,7 +62,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser("demo", help="run on a real radiograph", description=text)
     add = parser.add_argument
     add("--size", type=int, help="side of the picture in pixels (default 1024; 256 with --quick)")
-    add("--depth", type=int, help="transformer blocks (default 6; 12 on a GPU; 2 with --quick)")
+    add("--depth", type=int, help="transformer blocks (default 4; 12 on a GPU; 2 with --quick)")
     add("--keep", type=float, default=0.15, help="share of key tiles to keep (default 0.15)")
     add("--block", type=int, default=64, help="tokens per tile: 16, 64 or 256 (default 64)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: GPU if any")
@@ -100,7 +107,7 @@ def _checked_options(args: argparse.Namespace) -> Options:
         refuse(f"--size is {size}; expected a multiple of {tile} (the tile of --block in pixels)")
     if not 0 < args.keep <= 1:
         refuse(f"--keep is {args.keep}; expected a share above 0 and at most 1")
-    usual_depth = 2 if args.quick else (12 if device.type == "cuda" else 6)
+    usual_depth = 2 if args.quick else (12 if device.type == "cuda" else 4)
     depth = args.depth if args.depth is not None else usual_depth
     if depth < 1:
         refuse(f"--depth is {depth}; expected 1 or more")
@@ -119,7 +126,7 @@ def _checked_options(args: argparse.Namespace) -> Options:
         out=args.out,
         seed=args.seed,
         image=args.image,
-        budget=0.2 if args.quick else 14.0,
+        budget=0.2 if args.quick else 12.0,
     )
 
 
@@ -292,7 +299,10 @@ def _facts(
     enlarged = f"; enlarged to {', '.join(map(str, grown))}" if grown else ""
     return (
         ("picture", f"{source}, {stored}; centre square{enlarged}"),
-        ("stack", f"{options.depth} blocks, {parameters:.1f} million random weights"),
+        (
+            "stack",
+            f"{options.depth} blocks (ViT-S has 12), {parameters:.1f} million random weights",
+        ),
         ("shape", f"embedding {vit.EMBED}, {vit.HEADS} heads, patch {vit.PATCH}"),
         ("mask", f"tiles of {options.block} tokens = {options.tile} x {options.tile} pixels"),
         ("keep", f"{options.keep:g} of the key tiles, and the query's own tile always"),
@@ -319,8 +329,9 @@ def _print(findings: Findings, page: Path) -> None:
     print(text_table(rows_table(findings.rows)))
     print()
     print(
-        f"all tiles kept against torch's SDPA: largest difference {exact.output_difference:.1e} "
-        f"in the output, {exact.gradient_difference:.1e} in the gradients"
+        "all tiles kept against torch's SDPA: largest difference "
+        f"{difference(exact.output_difference)} in the output, "
+        f"{difference(exact.gradient_difference)} in the gradients"
     )
     print()
     print(text_table(selections_table(findings.selections)))

@@ -83,14 +83,12 @@ def compare(
     """Run `job` with both attentions and return times, memory and differences.
 
     The first run of each is the warm-up, and the run whose memory and values are taken. Then come
-    rounds of four timed runs (dense forward, sparse forward, dense step, sparse step), as many as
-    fit in `budget` seconds, within limits. `kept` is left at 1; the caller knows it.
+    rounds of four timed runs (dense forward, sparse forward, dense step, sparse step) until
+    `budget` seconds are over: three rounds at least, unless they take twice the budget. `kept` is
+    left at 1; the caller knows it.
     """
-    started = time.perf_counter()
     (dense_out, dense_grads), dense_bytes = peak_extra_bytes(lambda: job.step(dense))
     (sparse_out, sparse_grads), sparse_bytes = peak_extra_bytes(lambda: job.step(sparse))
-    one_round = 1.4 * (time.perf_counter() - started)  # forward alone costs 0.4 steps, about
-    runs = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(budget / one_round)))
     dense_compared, sparse_compared = dense_grads[: job.compared], sparse_grads[: job.compared]
     values = {
         "output_error": relative_error([sparse_out], [dense_out]),
@@ -107,9 +105,13 @@ def compare(
         "sparse_step_ms": lambda: job.step(sparse),
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(runs):
+    started = time.perf_counter()
+    for runs in range(1, MOST_ROUNDS + 1):
         for name, call in calls.items():
             times[name].append(_milliseconds(call))
+        over = (time.perf_counter() - started) / budget
+        if over > 2 or (over > 1 and runs >= FEWEST_ROUNDS):  # a slow machine ends early
+            break
     tick()
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     return Row(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparseattn.cli.demo_vit import CONTRAST_WEIGHT, SHARPNESS
 from sparseattn.viz import pictures
-from sparseattn.viz.report import Picture, Row, Selection, html_page
+from sparseattn.viz.report import Picture, Row, Selection, difference, html_page
 
 QUERY_PLACE = (0.45, 0.3)  # of the height and the width: in a lung, on the usual chest picture
 OUTLINED_HEAD = 0
@@ -75,7 +75,7 @@ def _cards(compared: Sequence[Row], exact: Row) -> list[tuple[str, str]]:
         ),
         (f"{memory:.2f}x", f"of dense attention's peak extra memory, {largest.tokens} tokens"),
         (
-            f"{max(exact.output_difference, exact.gradient_difference):.0e}",
+            difference(max(exact.output_difference, exact.gradient_difference)),
             "largest difference to dense, output and gradients, when all tiles are kept",
         ),
     ]
@@ -94,8 +94,8 @@ def _table_notes(exact: Row) -> list[str]:
         "profiler saw, so scratch memory inside MKL or oneDNN is not in it; on a GPU it is "
         "torch.cuda.max_memory_allocated.",
         "The row with all tiles kept must equal dense up to rounding. Largest differences: "
-        f"{exact.output_difference:.1e} in the output, {exact.gradient_difference:.1e} in the "
-        "gradients.",
+        f"{difference(exact.output_difference)} in the output, "
+        f"{difference(exact.gradient_difference)} in the gradients.",
     ]
 
 

@@ -77,6 +77,11 @@ class Table:
         return [(group, len(list(run))) for group, run in groupby(g for g, _ in self.head)]
 
 
+def difference(value: float) -> str:
+    """Write a difference as text; none at all is "0"."""
+    return f"{value:.1e}" if value else "0"
+
+
 def rows_table(rows: Sequence[Row]) -> Table:
     """Return the comparison as a table."""
     columns: dict[tuple[str, str], Callable[[Row], str]] = {

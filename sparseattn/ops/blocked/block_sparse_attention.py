@@ -16,8 +16,8 @@ from sparseattn.ops.blocked import plan
 from sparseattn.structures import token_bits as bits_of
 
 # Gathered keys of a chunk (for 64 queries a block): what keeps one step of the chunk in cache.
-_FORWARD_KEYS = 16384
-_BACKWARD_KEYS = 8192
+_FUSED_KEYS = 16384
+_PLAIN_KEYS = 8192
 # A slab copies strided or ragged keys, and sums dk and dv in float32; so many keys are open at once.
 _SLAB_KEYS = 32768
 
@@ -30,7 +30,7 @@ def forward(problem: plan.Problem) -> tuple[Tensor, Tensor]:
     for slab in plan.slabs(problem, _SLAB_KEYS):
         tables = [plan.block_table(t, slab, problem.block_size[1]) for t in (problem.k, problem.v)]
         q_table, out_table, lse_table = (plan.query_table(t, slab, problem) for t in (q, out, lse))
-        for chunk in plan.chunks(problem, slab, _FORWARD_KEYS):
+        for chunk in plan.chunks(problem, slab, _FUSED_KEYS if _is_fused(q) else _PLAIN_KEYS):
             keys, values = (plan.gather(table, chunk.ids) for table in tables)
             bias = _chunk_bias(problem, chunk, keys, values)
             queries = q_table.index_select(0, chunk.lines).unflatten(1, (problem.block_size[0], -1))
@@ -53,9 +53,6 @@ def backward(
     """Return dq, dk, dv, and the gradients of key_bias and block_gate where `needs` says so."""
     q, k, v = problem.q, problem.k, problem.v
     wide = plan.accumulate_dtype(q.dtype)
-    delta = torch.linalg.vecdot(dout.to(wide), out.to(wide))
-    if dlse is not None:
-        delta = delta - dlse
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     bias = problem.padded_bias
     dbias = torch.zeros_like(bias) if bias is not None and needs[0] else None
@@ -65,14 +62,16 @@ def backward(
         block_k = problem.block_size[1]
         tables = [plan.block_table(t, slab, block_k) for t in (k, v)]
         sums = [torch.zeros_like(table, dtype=wide).flatten(1) for table in tables]
-        per_query = [plan.query_table(t, slab, problem) for t in (q, dout, dq, lse, delta)]
-        for chunk in plan.chunks(problem, slab, _BACKWARD_KEYS):
-            ds = _backward_chunk(problem, chunk, tables, sums, per_query)
+        per_query = [plan.query_table(t, slab, problem) for t in (q, dout, out, lse, dq)]
+        dlse_table = None if dlse is None else plan.query_table(dlse, slab, problem)
+        for chunk in plan.chunks(problem, slab, _PLAIN_KEYS):
+            ds = _backward_chunk(problem, chunk, tables, sums, per_query, dlse_table)
             if dbias is not None:
                 _add_bias_gradient(dbias, ds, chunk)
             if dgate is not None:
                 _add_gate_gradient(dgate, ds, chunk)
-        plan.write_back(dq, per_query[2], slab, problem)
+        plan.write_back(dq, per_query[4], slab, problem)
+        sums[0] *= problem.scale
         for gradient, total in zip((dk, dv), sums, strict=True):
             part = gradient[slab.b0 : slab.b1, slab.g0 : slab.g1]
             total = total.view(*part.shape[:2], -1, part.shape[3])
@@ -88,37 +87,38 @@ def _backward_chunk(
     tables: list[Tensor],
     sums: list[Tensor],
     per_query: list[Tensor],
+    dlse_table: Tensor | None,
 ) -> Tensor:
-    """Add one chunk's share to dq, dk and dv; return its ds [n, block_q, e, block_k]."""
+    """Add one chunk's share to dq, dk / scale and dv; return its ds [n, block_q, e, block_k]."""
     block_q, block_k = problem.block_size
     wide = plan.accumulate_dtype(problem.q.dtype)
     keys, values = (plan.gather(table, chunk.ids) for table in tables)
     bias = _chunk_bias(problem, chunk, keys, values)
-    q_table, dout_table, dq_table, lse_table, delta_table = per_query
-    queries = q_table.index_select(0, chunk.lines).unflatten(1, (block_q, -1))
-    douts = dout_table.index_select(0, chunk.lines).unflatten(1, (block_q, -1))
-    lse = lse_table.index_select(0, chunk.lines)[..., None]
-    delta = delta_table.index_select(0, chunk.lines)[..., None]
-    empty = lse == -math.inf
-    queries = queries.masked_fill(empty, 0)
-    douts = douts.masked_fill(empty, 0)
-    # exact products under the exponent: a rounded one would not cancel against lse
-    logits = torch.bmm(queries.to(wide), keys.to(wide).mT)  # [n, bq, e * bk]
-    if bias is None:
-        p = logits.mul_(problem.scale).sub_(lse).exp_()
-    else:
-        p = logits.mul_(problem.scale).add_(bias).sub_(lse.masked_fill(empty, math.inf)).exp_()
-    narrow = p.to(douts.dtype)
-    dvalues = torch.bmm(narrow.mT, douts)  # [n, e * bk, D]
+    queries, douts, outs, lse = (
+        table.index_select(0, chunk.lines).unflatten(1, (block_q, -1)) for table in per_query[:4]
+    )
+    delta = (douts.to(wide) * outs.to(wide)).sum(-1, keepdim=True)  # [n, bq, 1]
+    if dlse_table is not None:
+        delta -= dlse_table.index_select(0, chunk.lines)[..., None]
+    if bias is not None:  # a query that sees nothing weighs nothing, whatever it holds
+        empty = lse == -math.inf
+        queries, douts = queries.masked_fill(empty, 0), douts.masked_fill(empty, 0)
+        delta = delta.masked_fill(empty, 0)
+        lse = lse.masked_fill(empty, math.inf)
+    # products under the exponent are made in full precision: a rounded one would not cancel lse
+    logits = torch.bmm(queries.to(wide) * problem.scale, keys.to(wide).mT)  # [n, bq, e * bk]
+    if bias is not None:
+        logits += bias
+    p = logits.sub_(lse).exp_()
+    dvalues = torch.bmm(p.to(douts.dtype).mT, douts)  # [n, e * bk, D]
     dp = torch.bmm(douts, values.mT)
     ds = dp.sub_(delta).mul_(p) if dp.dtype == wide else (dp - delta).mul_(p)
     narrow = ds.to(queries.dtype)
     dq = torch.bmm(narrow, keys).mul_(problem.scale)
-    dkeys = torch.bmm(narrow.mT, queries).mul_(problem.scale)
-    dq_table.index_copy_(0, chunk.lines, dq.flatten(1))
+    dkeys = torch.bmm(narrow.mT, queries)
+    per_query[4].index_copy_(0, chunk.lines, dq.flatten(1))
     for total, part in zip(sums, (dkeys, dvalues), strict=True):
-        part = part.view(chunk.ids.numel(), -1)
-        total.index_add_(0, chunk.ids.flatten(), part.to(wide))
+        total.index_add_(0, chunk.ids.flatten(), part.view(chunk.ids.numel(), -1).to(wide))
     return ds.unflatten(2, (-1, block_k))
 
 
@@ -126,22 +126,30 @@ def _attend(
     queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Dense attention of [n, bq, D] over [n, keys, D]: o [n, bq, D] and lse [n, bq]."""
-    if queries.device.type == "cpu":
+    if _is_fused(queries):
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
         mask = None if bias is None else bias[:, None]
-        q, k, v = queries[:, None], keys[:, None], values[:, None]
-        o, lse = fused(q, k, v, attn_mask=mask, scale=scale)
-        o, lse = o.reshape(queries.shape), lse.reshape(queries.shape[:2])
-        seen = None if bias is None else (bias > -math.inf).any(-1)
-        if seen is not None:
-            lse = lse.where(seen, -math.inf)
+        o, lse = fused(queries[:, None], keys[:, None], values[:, None], attn_mask=mask, scale=scale)
+        o, lse = o.view(queries.shape), lse.view(queries.shape[:2])
+        if bias is not None:
+            lse = lse.where((bias > -math.inf).any(-1), -math.inf)
         return o, lse
-    logits = torch.bmm(queries, keys.mT).to(plan.accumulate_dtype(queries.dtype)) * scale
+    wide = plan.accumulate_dtype(queries.dtype)
+    logits = torch.bmm(queries.to(wide) * scale, keys.to(wide).mT)  # [n, bq, keys]
     if bias is not None:
-        logits = logits + bias
-    lse = logits.logsumexp(-1)
-    weights = (logits - lse.masked_fill(lse == -math.inf, math.inf)[..., None]).exp()
-    return torch.bmm(weights.to(values.dtype), values), lse
+        logits += bias
+    peak = logits.amax(-1, keepdim=True)
+    if bias is not None:
+        peak = peak.masked_fill(peak == -math.inf, 0)
+    p = logits.sub_(peak).exp_()
+    total = p.sum(-1, keepdim=True)
+    o = torch.bmm(p.to(values.dtype), values) / total.masked_fill(total == 0, 1)
+    return o.to(values.dtype), (peak + total.log())[..., 0]
+
+
+def _is_fused(queries: Tensor) -> bool:
+    """Whether torch's fused attention is the faster: on the CPU in 16 bits."""
+    return queries.device.type == "cpu" and queries.element_size() == 2
 
 
 def _chunk_bias(problem: plan.Problem, chunk: plan.Chunk, keys: Tensor, values: Tensor) -> Tensor | None:

@@ -73,6 +73,20 @@ class Chunk:
     columns: Tensor
     slots: Tensor
 
+    def split(self, size: int) -> Iterator[Chunk]:
+        """Cut into chunks of at most `size` query blocks."""
+        for at in range(0, len(self.lines), size):
+            part = slice(at, at + size)
+            yield Chunk(
+                self.lines[part],
+                self.batch[part],
+                self.head[part],
+                self.row[part],
+                self.ids[part],
+                self.columns[part],
+                self.slots[part],
+            )
+
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of sums and of lse: float32, or float64 for float64."""
@@ -157,19 +171,21 @@ def chunks(problem: Problem, slab: Slab, most_keys: int) -> Iterator[Chunk]:
     for run in np.split(order, edges):
         if not run.size:
             continue
-        p, f = partial_counts[run[0]], counts[run[0]]
-        step = int(max(1, most_keys * 64 // ((p + f) * block_k * max(block_q, 64))))
-        for at in range(0, run.size, step):
-            lines = run[at : at + step]
-            where = (batch[lines], head[lines])
-            columns = full.entries(*where, starts[lines], f)[0]
-            slots = np.zeros((lines.size, 0), np.int64)
-            if partial is not None and p:
-                first, slots = partial.entries(*where, partial_starts[lines], p)
-                columns = np.concatenate((first, columns), 1)
-            ids = table[lines][:, None] + columns
-            parts = (lines, *where, row[lines], ids, columns, slots)
-            yield Chunk(*(torch.from_numpy(part).to(device) for part in parts))
+        p, f = int(partial_counts[run[0]]), int(counts[run[0]])
+        where = (batch[run], head[run])
+        columns = full.entries(*where, starts[run], f)[0]
+        slots = np.zeros((run.size, 0), np.int64)
+        if partial is not None and p:
+            first, slots = partial.entries(*where, partial_starts[run], p)
+            columns = np.concatenate((first, columns), 1)
+        ids = table[run][:, None] + columns
+        whole = Chunk(
+            *(
+                torch.from_numpy(part).to(device)
+                for part in (run, *where, row[run], ids, columns, slots)
+            )
+        )
+        yield from whole.split(max(1, most_keys * 64 // ((p + f) * block_k * max(block_q, 64))))
 
 
 class _HostLists:

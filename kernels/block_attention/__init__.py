@@ -1,0 +1,1 @@
+"""Softmax attention over a block mask; serves block_sparse_attention."""

@@ -1,0 +1,1 @@
+"""Index lists of block masks."""

@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: the tolerance rule and the makers of inputs."""
