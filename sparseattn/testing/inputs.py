@@ -36,7 +36,8 @@ class AttentionSpec:
     key_mask: "tail" pads samples at the end, "random" anywhere, "nothing" hides all keys of the
         first sample.
     key_bias, block_gate: "shared" by the heads, "heads" apart, or "hidden": shared, some -inf.
-    poison: hidden keys, and queries that see nothing, hold NaN.
+    poison_keys: keys that key_mask or key_bias hides hold NaN.
+    poison_queries: queries that see nothing hold NaN.
     use: which results the loss depends on.
     """
 
@@ -57,7 +58,8 @@ class AttentionSpec:
     key_mask: Literal["tail", "random", "nothing"] | None = None
     key_bias: Literal["shared", "heads", "hidden"] | None = None
     block_gate: Literal["shared", "heads", "hidden"] | None = None
-    poison: bool = True
+    poison_keys: bool = True
+    poison_queries: bool = False
     use: Literal["both", "out", "lse"] = "both"
     seed: int = 0
 
@@ -124,8 +126,12 @@ def make(
     key_bias = _extra(spec.key_bias, (spec.batch, spec.heads, k_len), random)
     grid = (spec.batch, spec.heads, mask.num_q_blocks, mask.num_k_blocks)
     gate = _extra(spec.block_gate, grid, random)
-    if spec.poison:
-        q, k, v = _poison(q, k, v, mask, key_mask, key_bias, gate)
+    if spec.poison_keys:
+        hidden = _hidden_keys(k, key_mask, key_bias)[:, None, :, None]
+        k, v = (t.masked_fill(hidden, math.nan) for t in (k, v))
+    if spec.poison_queries:
+        visible = visible_pairs(mask, (spec.batch, spec.heads), key_mask, key_bias, gate)
+        q = q.masked_fill(~visible.any(-1, keepdim=True), math.nan)
     q, k, v = (lay_out(t.to(device, dtype), spec.layout) for t in (q, k, v))
     inputs = AttentionInputs(
         q,
@@ -249,21 +255,11 @@ def _extra(kind: str | None, shape: tuple[int, ...], random: torch.Generator) ->
     return value
 
 
-def _poison(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask,
-    key_mask: Tensor | None,
-    key_bias: Tensor | None,
-    block_gate: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Put NaN into keys that key_mask or key_bias hides, and into queries that see nothing."""
+def _hidden_keys(k: Tensor, key_mask: Tensor | None, key_bias: Tensor | None) -> Tensor:
+    """Return the keys that no head may see, bool [B, Nk]."""
     hidden = torch.zeros((k.shape[0], k.shape[2]), dtype=torch.bool)
     if key_mask is not None:
         hidden |= ~key_mask
     if key_bias is not None:
         hidden |= (key_bias == -math.inf).all(1)
-    k, v = (t.masked_fill(hidden[:, None, :, None], math.nan) for t in (k, v))
-    visible = visible_pairs(mask, (q.shape[0], q.shape[1]), key_mask, key_bias, block_gate)
-    return q.masked_fill(~visible.any(-1, keepdim=True), math.nan), k, v
+    return hidden

@@ -1,4 +1,4 @@
-"""block_sparse_attention against its meaning: every result and gradient, held to the tolerance rule."""
+"""block_sparse_attention against its meaning: every result and gradient, by the tolerance rule."""
 
 from dataclasses import replace
 from functools import partial
@@ -96,8 +96,8 @@ CASES = {
 
 # In the interpreter: at most 260 tokens, and a case earns its place by a branch of the kernels.
 TRITON_CASES = [
-    "one-token", "n65", "n127", "n197", "one-query", "few-queries", "few-keys", "d24", "d72", "d104",
-    "d128", "d256", "gqa", "mqa", "gqa-gate", "mask-per-batch", "sliced", "expanded", "strided",
+    "one-token", "n65", "n127", "n197", "one-query", "few-queries", "few-keys", "d24", "d72",
+    "d104", "d128", "d256", "gqa", "mqa", "gqa-gate", "mask-per-batch", "sliced", "expanded", "strided",
     "none", "one-block", "holes", "rows", "keys", "input-tenth", "input-16", "scale-negative",
     "scale-zero", "no-keys-in-one-sample", "gate-hidden", "everything", "block-16", "block-32x128",
     "block-48x80", "block-96x48", "block-256", "only-lse",

@@ -15,11 +15,13 @@ from torch import Tensor
 from sparseattn.ops.blocked import plan
 from sparseattn.structures import token_bits as bits_of
 
-# Gathered keys of a chunk (for 64 queries a block): what keeps one step of the chunk in cache.
-_FUSED_KEYS = 16384
-_PLAIN_KEYS = 8192
-# A slab copies strided or ragged keys, and sums dk and dv in float32; so many keys are open at once.
-_SLAB_KEYS = 32768
+# Gathered keys of a chunk, for 64 queries a block: what keeps one step of the chunk in cache, and its
+# memory small beside the output.
+_FUSED_KEYS = 8192
+_FORWARD_KEYS = 4096
+_BACKWARD_KEYS = 3072
+# Keys of a slab: what is copied at a time where keys or queries are strided or ragged.
+_SLAB_KEYS = 4096
 
 
 def forward(problem: plan.Problem) -> tuple[Tensor, Tensor]:
@@ -30,12 +32,12 @@ def forward(problem: plan.Problem) -> tuple[Tensor, Tensor]:
     for slab in plan.slabs(problem, _SLAB_KEYS):
         tables = [plan.block_table(t, slab, problem.block_size[1]) for t in (problem.k, problem.v)]
         q_table, out_table, lse_table = (plan.query_table(t, slab, problem) for t in (q, out, lse))
-        for chunk in plan.chunks(problem, slab, _FUSED_KEYS if _is_fused(q) else _PLAIN_KEYS):
+        for chunk in plan.chunks(problem, slab, _FUSED_KEYS if _is_fused(q) else _FORWARD_KEYS):
             keys, values = (plan.gather(table, chunk.ids) for table in tables)
             bias = _chunk_bias(problem, chunk, keys, values)
-            queries = q_table.index_select(0, chunk.lines).unflatten(1, (problem.block_size[0], -1))
+            queries = q_table.index_select(0, chunk.lines)
             o, l = _attend(queries, keys, values, bias, problem.scale)
-            out_table.index_copy_(0, chunk.lines, o.flatten(1))
+            out_table.index_copy_(0, chunk.lines, o)
             lse_table.index_copy_(0, chunk.lines, l)
         plan.write_back(out, out_table, slab, problem)
         plan.write_back(lse, lse_table, slab, problem)
@@ -61,10 +63,10 @@ def backward(
     for slab in plan.slabs(problem, _SLAB_KEYS):
         block_k = problem.block_size[1]
         tables = [plan.block_table(t, slab, block_k) for t in (k, v)]
-        sums = [torch.zeros_like(table, dtype=wide).flatten(1) for table in tables]
+        sums = [plan.sum_table(t, slab, block_k) for t in (dk, dv)]
         per_query = [plan.query_table(t, slab, problem) for t in (q, dout, out, lse, dq)]
         dlse_table = None if dlse is None else plan.query_table(dlse, slab, problem)
-        for chunk in plan.chunks(problem, slab, _PLAIN_KEYS):
+        for chunk in plan.chunks(problem, slab, _BACKWARD_KEYS):
             ds = _backward_chunk(problem, chunk, tables, sums, per_query, dlse_table)
             if dbias is not None:
                 _add_bias_gradient(dbias, ds, chunk)
@@ -73,9 +75,7 @@ def backward(
         plan.write_back(dq, per_query[4], slab, problem)
         sums[0] *= problem.scale
         for gradient, total in zip((dk, dv), sums, strict=True):
-            part = gradient[slab.b0 : slab.b1, slab.g0 : slab.g1]
-            total = total.view(*part.shape[:2], -1, part.shape[3])
-            part.copy_(total[:, :, : part.shape[2]])
+            plan.store_sum(gradient, total, slab)
     if dbias is not None:
         dbias = dbias.flatten(2)[..., : k.shape[2]].contiguous()
     return dq, dk, dv, dbias, dgate
@@ -90,13 +90,11 @@ def _backward_chunk(
     dlse_table: Tensor | None,
 ) -> Tensor:
     """Add one chunk's share to dq, dk / scale and dv; return its ds [n, block_q, e, block_k]."""
-    block_q, block_k = problem.block_size
     wide = plan.accumulate_dtype(problem.q.dtype)
     keys, values = (plan.gather(table, chunk.ids) for table in tables)
     bias = _chunk_bias(problem, chunk, keys, values)
-    queries, douts, outs, lse = (
-        table.index_select(0, chunk.lines).unflatten(1, (block_q, -1)) for table in per_query[:4]
-    )
+    queries, douts, outs, lse = (table.index_select(0, chunk.lines) for table in per_query[:4])
+    lse = lse[..., None]
     delta = (douts.to(wide) * outs.to(wide)).sum(-1, keepdim=True)  # [n, bq, 1]
     if dlse_table is not None:
         delta -= dlse_table.index_select(0, chunk.lines)[..., None]
@@ -110,16 +108,22 @@ def _backward_chunk(
     if bias is not None:
         logits += bias
     p = logits.sub_(lse).exp_()
-    dvalues = torch.bmm(p.to(douts.dtype).mT, douts)  # [n, e * bk, D]
+    ids = chunk.ids.flatten()
+    _add_blocks(sums[1], ids, torch.bmm(p.to(douts.dtype).mT, douts))
     dp = torch.bmm(douts, values.mT)
+    del values
     ds = dp.sub_(delta).mul_(p) if dp.dtype == wide else (dp - delta).mul_(p)
+    del dp, p, logits
     narrow = ds.to(queries.dtype)
-    dq = torch.bmm(narrow, keys).mul_(problem.scale)
-    dkeys = torch.bmm(narrow.mT, queries)
-    per_query[4].index_copy_(0, chunk.lines, dq.flatten(1))
-    for total, part in zip(sums, (dkeys, dvalues), strict=True):
-        total.index_add_(0, chunk.ids.flatten(), part.view(chunk.ids.numel(), -1).to(wide))
-    return ds.unflatten(2, (-1, block_k))
+    per_query[4].index_copy_(0, chunk.lines, torch.bmm(narrow, keys).mul_(problem.scale))
+    del keys
+    _add_blocks(sums[0], ids, torch.bmm(narrow.mT, queries))
+    return ds.unflatten(2, (-1, problem.block_size[1]))
+
+
+def _add_blocks(total: Tensor, ids: Tensor, part: Tensor) -> None:
+    """Add the gradients [n, e * bk, D] of gathered blocks to their sums [blocks, bk * D]."""
+    total.index_add_(0, ids, part.view(ids.numel(), -1).to(total.dtype))
 
 
 def _attend(

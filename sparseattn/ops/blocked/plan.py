@@ -117,32 +117,51 @@ def slabs(problem: Problem, most_keys: int) -> Iterator[Slab]:
 
 
 def block_table(tensor: Tensor, slab: Slab, block: int) -> Tensor:
-    """Return a slab's keys as [blocks, block, D]; a copy only if they are ragged or strided."""
+    """Return a slab's keys as contiguous [blocks, block, D]; a copy if they are ragged or strided."""
     part = tensor[slab.b0 : slab.b1, slab.g0 : slab.g1]
     spare = -part.shape[2] % block
     if spare:
         part = torch.nn.functional.pad(part, (0, 0, 0, spare))
-    return part.reshape(-1, block, part.shape[3])
+    return part.contiguous().view(-1, block, part.shape[3])
+
+
+def sum_table(gradient: Tensor, slab: Slab, block: int) -> Tensor:
+    """Return zeros [blocks, block * D] to sum a slab's dk or dv in: `gradient` itself if it can be."""
+    part = gradient[slab.b0 : slab.b1, slab.g0 : slab.g1]
+    wide = accumulate_dtype(gradient.dtype)
+    if gradient.dtype == wide and part.shape[2] % block == 0 and part.is_contiguous():
+        return part.view(-1, block * part.shape[3])
+    blocks = part.shape[0] * part.shape[1] * -(-part.shape[2] // block)
+    return gradient.new_zeros((blocks, block * part.shape[3]), dtype=wide)
+
+
+def store_sum(gradient: Tensor, total: Tensor, slab: Slab) -> None:
+    """Write a slab's sums to their place, unless they were made there."""
+    part = gradient[slab.b0 : slab.b1, slab.g0 : slab.g1]
+    if total.data_ptr() != part.data_ptr():
+        part.copy_(total.view(*part.shape[:2], -1, part.shape[3])[:, :, : part.shape[2]])
 
 
 def query_table(tensor: Tensor, slab: Slab, problem: Problem) -> Tensor:
-    """Return a slab's queries, or values per query, as [query blocks, block_q * anything]."""
+    """Return a slab's queries, or values per query, as [query blocks, block_q, ...].
+
+    It is a view unless the queries are ragged, or strided and of several heads.
+    """
     block_q = problem.block_size[0]
     heads = slice(slab.g0 * problem.group, slab.g1 * problem.group)
     part = tensor[slab.b0 : slab.b1, heads]
     spare = -part.shape[2] % block_q
     if spare:
         part = torch.nn.functional.pad(part, (0, 0) * (part.dim() - 3) + (0, spare))
-    return part.reshape(part.shape[0] * part.shape[1] * (part.shape[2] // block_q), -1)
+    return part.reshape(-1, block_q, *part.shape[3:])
 
 
 def write_back(target: Tensor, table: Tensor, slab: Slab, problem: Problem) -> None:
     """Copy a query table to its place, unless it is a view of that place already."""
     heads = slice(slab.g0 * problem.group, slab.g1 * problem.group)
     part = target[slab.b0 : slab.b1, heads]
-    if table.data_ptr() == part.data_ptr():
-        return
-    part.copy_(table.view(*part.shape[:2], -1, *part.shape[3:])[:, :, : part.shape[2]])
+    if table.data_ptr() != part.data_ptr():
+        part.copy_(table.view(*part.shape[:2], -1, *part.shape[3:])[:, :, : part.shape[2]])
 
 
 def chunks(problem: Problem, slab: Slab, most_keys: int) -> Iterator[Chunk]:
