@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparseattn import block_sparse_attention
-from sparseattn.testing.attention import check, run
+from sparseattn.testing.attention import check, judge_all, run
 from sparseattn.testing.inputs import AttentionSpec as Spec
 from sparseattn.testing.inputs import make
 from sparseattn.testing.tolerance import judge, require
@@ -18,6 +18,7 @@ REFERENCE = partial(block_sparse_attention, impl="reference")
 TORCH = partial(block_sparse_attention, impl="torch")
 TRITON = partial(block_sparse_attention, impl="triton")
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICES = {"torch": "cpu", "triton": TRITON_DEVICE}
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -48,12 +49,12 @@ CASES = {
     "d104": replace(WIDE, head_dim=104, block_gate="shared"),
     "d128": replace(WIDE, head_dim=128, key_bias="hidden"),
     "d192": replace(WIDE, head_dim=192),
-    "d256": replace(WIDE, head_dim=256, mask="all"),
+    "d256": replace(WIDE, head_dim=256, q_len=70, mask="all"),
     # heads and batch
-    "gqa": Spec(100, batch=2, heads=4, key_heads=2, mask="tokens", per_batch=True, per_head=True),
+    "gqa": Spec(70, batch=2, heads=4, key_heads=2, mask="tokens", per_batch=True, per_head=True),
     "mqa": Spec(100, heads=4, key_heads=1, mask="blocks", per_head=True, key_bias="heads"),
     "gqa-gate": Spec(100, heads=4, key_heads=2, key_mask="random", block_gate="heads"),
-    "mask-per-batch": Spec(150, batch=3, mask="blocks", per_batch=True, block_gate="shared"),
+    "mask-per-batch": Spec(150, batch=3, heads=1, per_batch=True, block_gate="shared"),
     "mask-per-head": Spec(150, batch=2, mask="tokens", per_head=True),
     "many-heads": Spec(70, batch=3, heads=8, mask="mixed", key_bias="shared"),
     # memory
@@ -79,7 +80,7 @@ CASES = {
     "no-keys-in-one-sample": Spec(90, batch=2, key_mask="nothing", key_bias="hidden", mask="all"),
     "gate-hidden": Spec(130, batch=2, mask="mixed", block_gate="hidden"),
     "everything": Spec(
-        130, 150, head_dim=40, batch=2, heads=4, key_heads=2, mask="tokens", per_head=True,
+        130, 150, head_dim=40, batch=2, key_heads=1, mask="tokens", per_head=True,
         layout="permuted", key_mask="tail", key_bias="heads", block_gate="hidden",
     ),
     # block sizes
@@ -94,13 +95,15 @@ CASES = {
     "only-out": Spec(130, mask="tokens", use="out", key_bias="shared"),
 }  # fmt: skip
 
+HIDING = ["n127", "none", "holes", "rows", "no-keys-in-one-sample", "gate-hidden", "everything"]
+
 # In the interpreter: at most 260 tokens, and a case earns its place by a branch of the kernels.
 TRITON_CASES = [
     "one-token", "n65", "n127", "n197", "one-query", "few-queries", "few-keys", "d24", "d72",
-    "d104", "d128", "d256", "gqa", "mqa", "gqa-gate", "mask-per-batch", "sliced", "expanded", "strided",
-    "none", "one-block", "holes", "rows", "keys", "input-tenth", "input-16", "scale-negative",
-    "scale-zero", "no-keys-in-one-sample", "gate-hidden", "everything", "block-16", "block-32x128",
-    "block-48x80", "block-96x48", "block-256", "only-lse",
+    "d104", "d128", "d256", "gqa", "mqa", "gqa-gate", "mask-per-batch", "sliced", "expanded",
+    "strided", "none", "one-block", "holes", "rows", "keys", "input-tenth", "input-16",
+    "scale-negative", "scale-zero", "no-keys-in-one-sample", "gate-hidden", "everything",
+    "block-16", "block-32x128", "block-48x80", "block-96x48", "block-256", "only-lse",
 ]  # fmt: skip
 TRITON_HALF_CASES = ["n65", "d72", "d80", "gqa", "input-16", "everything", "block-256", "only-lse"]
 
@@ -109,6 +112,14 @@ TRITON_HALF_CASES = ["n65", "d72", "d80", "gqa", "input-16", "everything", "bloc
 @pytest.mark.parametrize("case", CASES)
 def test_torch_path(case, dtype):
     check(TORCH, REFERENCE, make(CASES[case], dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ["one-token", "n65"])
+def test_torch_path_has_a_float32_lse_in_half_precision(case, dtype):
+    # not only its dtype: lse chains ops, where an error in it grows with its exponential
+    judgements = judge_all(TORCH, REFERENCE, make(CASES[case], dtype), exact_lse=True)
+    require(*(judgement for judgement in judgements if judgement.name == "lse"))
 
 
 @pytest.mark.parametrize("case", TRITON_CASES)
@@ -129,8 +140,17 @@ def test_triton_path_in_bfloat16(case):
     check(TRITON, REFERENCE, inputs, exact_lse=True)
 
 
-@pytest.mark.parametrize("num_splits", [2, 3, 40])
-@pytest.mark.parametrize("case", ["n197", "few-queries", "rows", "holes", "none", "block-16"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("case", HIDING)
+def test_queries_that_see_nothing_may_hold_nan(case, impl):
+    inputs = make(replace(CASES[case], poison_queries=True), device=DEVICES[impl])
+    check(partial(block_sparse_attention, impl=impl), REFERENCE, inputs)
+
+
+@pytest.mark.parametrize(
+    ("case", "num_splits"),
+    [("n197", 3), ("few-queries", 2), ("few-queries", 40), ("rows", 3), ("holes", 3), ("none", 2)],
+)
 def test_key_lists_cut_into_splits(case, num_splits):
     from sparseattn.kernels.block_attention import forward
     from sparseattn.kernels.launch import IndexLists
@@ -195,13 +215,16 @@ def specs(draw, longest, widest):
     )
 
 
-@hypothesis.settings(max_examples=60, derandomize=True, deadline=None)
-@hypothesis.given(specs(150, 80), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+@hypothesis.settings(max_examples=30, derandomize=True, deadline=None)
+@hypothesis.given(specs(150, 80), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_torch_path_on_random_inputs(spec, dtype):
-    check(TORCH, REFERENCE, make(spec, dtype))
+    judgements = judge_all(TORCH, REFERENCE, make(spec, dtype))
+    if dtype == torch.bfloat16:  # its lse has a test of its own
+        judgements = [j for j in judgements if j.name != "lse"]
+    require(*judgements)
 
 
-@hypothesis.settings(max_examples=12, derandomize=True, deadline=None)
+@hypothesis.settings(max_examples=10, derandomize=True, deadline=None)
 @hypothesis.given(specs(90, 40))
 def test_triton_path_on_random_inputs(spec):
     spec = replace(spec, batch=min(spec.batch, 2), heads=min(spec.heads, 2), key_heads=1)

@@ -20,8 +20,7 @@ from sparseattn.structures import token_bits as bits_of
 _FUSED_KEYS = 8192
 _FORWARD_KEYS = 4096
 _BACKWARD_KEYS = 3072
-# Keys of a slab: what is copied at a time where keys or queries are strided or ragged.
-_SLAB_KEYS = 4096
+_DELTA_BLOCKS = 64
 
 
 def forward(problem: plan.Problem) -> tuple[Tensor, Tensor]:
@@ -29,16 +28,16 @@ def forward(problem: plan.Problem) -> tuple[Tensor, Tensor]:
     q = problem.q
     out = torch.zeros_like(q)
     lse = q.new_full(q.shape[:3], -math.inf, dtype=plan.accumulate_dtype(q.dtype))
-    for slab in plan.slabs(problem, _SLAB_KEYS):
+    most_keys = _FUSED_KEYS if _is_fused(q) else _FORWARD_KEYS
+    for slab in plan.slabs(problem, sums=False):
         tables = [plan.block_table(t, slab, problem.block_size[1]) for t in (problem.k, problem.v)]
         q_table, out_table, lse_table = (plan.query_table(t, slab, problem) for t in (q, out, lse))
-        for chunk in plan.chunks(problem, slab, _FUSED_KEYS if _is_fused(q) else _FORWARD_KEYS):
+        for chunk in plan.chunks(problem, slab, most_keys):
             keys, values = (plan.gather(table, chunk.ids) for table in tables)
             bias = _chunk_bias(problem, chunk, keys, values)
-            queries = q_table.index_select(0, chunk.lines)
-            o, l = _attend(queries, keys, values, bias, problem.scale)
-            out_table.index_copy_(0, chunk.lines, o)
-            lse_table.index_copy_(0, chunk.lines, l)
+            o, l = _attend(plan.take(q_table, chunk), keys, values, bias, problem.scale)
+            plan.put(out_table, chunk, o)
+            plan.put(lse_table, chunk, l)
         plan.write_back(out, out_table, slab, problem)
         plan.write_back(lse, lse_table, slab, problem)
     return out, lse
@@ -60,14 +59,19 @@ def backward(
     dbias = torch.zeros_like(bias) if bias is not None and needs[0] else None
     gate = problem.block_gate
     dgate = torch.zeros_like(gate, dtype=wide) if gate is not None and needs[1] else None
-    for slab in plan.slabs(problem, _SLAB_KEYS):
+    for slab in plan.slabs(problem, sums=True):
         block_k = problem.block_size[1]
         tables = [plan.block_table(t, slab, block_k) for t in (k, v)]
         sums = [plan.sum_table(t, slab, block_k) for t in (dk, dv)]
-        per_query = [plan.query_table(t, slab, problem) for t in (q, dout, out, lse, dq)]
-        dlse_table = None if dlse is None else plan.query_table(dlse, slab, problem)
+        q_table, dout_table, out_table, lse_table, dq_table = (
+            plan.query_table(t, slab, problem) for t in (q, dout, out, lse, dq)
+        )
+        delta_table = _delta(dout_table, out_table)
+        if dlse is not None:
+            delta_table -= plan.query_table(dlse, slab, problem)
+        per_query = [q_table, dout_table, lse_table, delta_table, dq_table]
         for chunk in plan.chunks(problem, slab, _BACKWARD_KEYS):
-            ds = _backward_chunk(problem, chunk, tables, sums, per_query, dlse_table)
+            ds = _backward_chunk(problem, chunk, tables, sums, per_query)
             if dbias is not None:
                 _add_bias_gradient(dbias, ds, chunk)
             if dgate is not None:
@@ -87,17 +91,13 @@ def _backward_chunk(
     tables: list[Tensor],
     sums: list[Tensor],
     per_query: list[Tensor],
-    dlse_table: Tensor | None,
 ) -> Tensor:
     """Add one chunk's share to dq, dk / scale and dv; return its ds [n, block_q, e, block_k]."""
     wide = plan.accumulate_dtype(problem.q.dtype)
     keys, values = (plan.gather(table, chunk.ids) for table in tables)
     bias = _chunk_bias(problem, chunk, keys, values)
-    queries, douts, outs, lse = (table.index_select(0, chunk.lines) for table in per_query[:4])
-    lse = lse[..., None]
-    delta = (douts.to(wide) * outs.to(wide)).sum(-1, keepdim=True)  # [n, bq, 1]
-    if dlse_table is not None:
-        delta -= dlse_table.index_select(0, chunk.lines)[..., None]
+    queries, douts, lse, delta = (plan.take(table, chunk) for table in per_query[:4])
+    lse, delta = lse[..., None], delta[..., None]
     if bias is not None:  # a query that sees nothing weighs nothing, whatever it holds
         empty = lse == -math.inf
         queries, douts = queries.masked_fill(empty, 0), douts.masked_fill(empty, 0)
@@ -115,10 +115,20 @@ def _backward_chunk(
     ds = dp.sub_(delta).mul_(p) if dp.dtype == wide else (dp - delta).mul_(p)
     del dp, p, logits
     narrow = ds.to(queries.dtype)
-    per_query[4].index_copy_(0, chunk.lines, torch.bmm(narrow, keys).mul_(problem.scale))
+    plan.put(per_query[4], chunk, torch.bmm(narrow, keys).mul_(problem.scale))
     del keys
     _add_blocks(sums[0], ids, torch.bmm(narrow.mT, queries))
     return ds.unflatten(2, (-1, problem.block_size[1]))
+
+
+def _delta(douts: Tensor, outs: Tensor) -> Tensor:
+    """Return do . o of a table's queries in the accumulation dtype, [blocks, bq]."""
+    wide = plan.accumulate_dtype(outs.dtype)
+    delta = outs.new_empty(outs.shape[:2], dtype=wide)
+    for part in range(0, len(outs), _DELTA_BLOCKS):  # in parts: no float32 copy of the whole
+        at = slice(part, part + _DELTA_BLOCKS)
+        delta[at] = (douts[at].to(wide) * outs[at].to(wide)).sum(-1)
+    return delta
 
 
 def _add_blocks(total: Tensor, ids: Tensor, part: Tensor) -> None:
@@ -147,8 +157,10 @@ def _attend(
         peak = peak.masked_fill(peak == -math.inf, 0)
     p = logits.sub_(peak).exp_()
     total = p.sum(-1, keepdim=True)
-    o = torch.bmm(p.to(values.dtype), values) / total.masked_fill(total == 0, 1)
-    return o.to(values.dtype), (peak + total.log())[..., 0]
+    lse = (peak + total.log())[..., 0]
+    if bias is not None:
+        total.masked_fill_(total == 0, 1)
+    return (torch.bmm(p.to(values.dtype), values) / total).to(values.dtype), lse
 
 
 def _is_fused(queries: Tensor) -> bool:
@@ -202,7 +214,7 @@ def _token_bias(problem: plan.Problem, chunk: plan.Chunk, wide: torch.dtype) -> 
     head = (chunk.head if bits.shape[1] > 1 else torch.zeros_like(chunk.head))[:, None]
     shown = bits_of.unpack(bits[batch, head, chunk.slots], block_k)  # [n, p, bq, bk]
     num_partial, entries = chunk.slots.shape[1], chunk.ids.shape[1]
-    bias = torch.zeros((len(chunk.lines), block_q, entries, block_k), dtype=wide, device=bits.device)
+    bias = torch.zeros((len(chunk.row), block_q, entries, block_k), dtype=wide, device=bits.device)
     bias[:, :, :num_partial].masked_fill_(~shown.transpose(1, 2), -math.inf)
     return bias.flatten(2)
 

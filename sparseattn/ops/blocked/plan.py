@@ -15,6 +15,10 @@ from torch import Tensor
 from sparseattn.kernels.launch import IndexLists
 
 
+# Keys of a slab where keys or queries are strided or ragged.
+SLAB_KEYS = 4096
+
+
 @dataclass(frozen=True)
 class Problem:
     """One call's inputs."""
@@ -58,14 +62,14 @@ class Slab(NamedTuple):
 class Chunk:
     """Query blocks with equally long lists.
 
-    lines    [n]        which query blocks of the slab, as int64
+    lines    [n]        which query blocks of the slab: a slice if they follow each other
     batch, head, row    [n] each: where they are
     ids      [n, e]     their key blocks in the slab's table, partial blocks first
     columns  [n, e]     the same as columns of the mask
     slots    [n, p]     token bits of the first p entries
     """
 
-    lines: Tensor
+    lines: Tensor | slice
     batch: Tensor
     head: Tensor
     row: Tensor
@@ -75,17 +79,29 @@ class Chunk:
 
     def split(self, size: int) -> Iterator[Chunk]:
         """Cut into chunks of at most `size` query blocks."""
-        for at in range(0, len(self.lines), size):
-            part = slice(at, at + size)
-            yield Chunk(
-                self.lines[part],
-                self.batch[part],
-                self.head[part],
-                self.row[part],
-                self.ids[part],
-                self.columns[part],
-                self.slots[part],
-            )
+        for at in range(0, len(self.row), size):
+            end = min(at + size, len(self.row))
+            if isinstance(self.lines, slice):
+                lines: Tensor | slice = slice(self.lines.start + at, self.lines.start + end)
+            else:
+                lines = self.lines[at:end]
+            parts = (self.batch, self.head, self.row, self.ids, self.columns, self.slots)
+            yield Chunk(lines, *(part[at:end] for part in parts))
+
+
+def take(table: Tensor, chunk: Chunk) -> Tensor:
+    """Return the chunk's lines of a query table; do not write to it."""
+    if isinstance(chunk.lines, slice):
+        return table[chunk.lines]
+    return table.index_select(0, chunk.lines)
+
+
+def put(table: Tensor, chunk: Chunk, value: Tensor) -> None:
+    """Write the chunk's lines of a query table."""
+    if isinstance(chunk.lines, slice):
+        table[chunk.lines] = value
+    else:
+        table.index_copy_(0, chunk.lines, value)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -99,15 +115,23 @@ def gather(table: Tensor, ids: Tensor) -> Tensor:
     return blocks.view(ids.shape[0], ids.shape[1] * table.shape[1], table.shape[2])
 
 
-def slabs(problem: Problem, most_keys: int) -> Iterator[Slab]:
-    """Cut batch and key heads into slabs of about `most_keys` keys, at least one head each.
+def slabs(problem: Problem, sums: bool) -> Iterator[Slab]:
+    """Cut batch and key heads into slabs that are computed one after the other.
 
-    Keys that already lie in whole blocks need no copy, but the sums of the backward pass do.
+    A slab bounds what is copied at a time. Tensors that lie in whole blocks need no copy and form
+    one slab; others are cut to about SLAB_KEYS keys, at least one head. So are 16-bit tensors
+    where gradients are summed (`sums`), since the sums are float32.
     """
     batch, heads, k_len, _ = problem.k.shape
     if k_len == 0 or problem.q.shape[2] == 0 or problem.q.shape[1] == 0:
         return
-    fit = max(1, most_keys // k_len)
+    whole = all(t.is_contiguous() for t in (problem.q, problem.k, problem.v))
+    whole &= problem.q.shape[2] % problem.block_size[0] == 0 and k_len % problem.block_size[1] == 0
+    whole &= not sums or problem.q.dtype == accumulate_dtype(problem.q.dtype)
+    if whole:
+        yield Slab(0, batch, 0, heads)
+        return
+    fit = max(1, SLAB_KEYS // k_len)
     if fit >= heads:
         step = max(1, fit // heads)
         yield from (Slab(b, min(b + step, batch), 0, heads) for b in range(0, batch, step))
@@ -198,12 +222,10 @@ def chunks(problem: Problem, slab: Slab, most_keys: int) -> Iterator[Chunk]:
             first, slots = partial.entries(*where, partial_starts[run], p)
             columns = np.concatenate((first, columns), 1)
         ids = table[run][:, None] + columns
-        whole = Chunk(
-            *(
-                torch.from_numpy(part).to(device)
-                for part in (run, *where, row[run], ids, columns, slots)
-            )
-        )
+        parts = (*where, row[run], ids, columns, slots)
+        follow = run[-1] - run[0] + 1 == run.size  # each run ascends
+        lines = slice(int(run[0]), int(run[-1]) + 1) if follow else torch.from_numpy(run).to(device)
+        whole = Chunk(lines, *(torch.from_numpy(part).to(device) for part in parts))
         yield from whole.split(max(1, most_keys * 64 // ((p + f) * block_k * max(block_q, 64))))
 
 
