@@ -1,7 +1,7 @@
 """Launch parameters of block attention. Every table is unmeasured: chosen from compiled resources.
 
-A row serves inputs of at most `head_dim` columns and of `itemsize` bytes on GPUs of at least
-`capability`; the first row that fits is taken. A tile never exceeds the mask's block.
+A row serves inputs of at most `head_dim` columns and of `itemsize` bytes on GPUs of one generation;
+the first row that fits is taken. A tile never exceeds the mask's block.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ class Row(NamedTuple):
 
     float32: how float32 products are made where TF32 is not allowed. "tf32x3" is three TF32
         products on tensor cores; "ieee" is plain arithmetic, where "tf32x3" does not fit registers.
-    spills: register spills that a compiled row may have. Up to 8 are addresses that the compiler
-        parks before the loops to fit one more warp; more would mean tiles that do not fit.
+    spills: register spills that a compiled row may have, over all head dims and features it serves.
+        Up to 8 are addresses that the compiler parks to fit one more block of threads. Where more
+        are allowed, a head dim in two chunks, or a bias and a gate together, need them; the plain
+        power of two does not, and it is what the tile was chosen for.
     """
 
     capability: int
@@ -41,21 +43,21 @@ FORWARD = (
     Row(              80,   2,  128, Launch(     64,     32,     4,      2)),
     Row(              80,   2,  256, Launch(     32,     32,     4,      2)),
     Row(              80,   4,   64, Launch(     32,     32,     4,      2)),
-    Row(              80,   4,  128, Launch(     32,     16,     8,      2), "ieee"),
+    Row(              80,   4,  128, Launch(     32,     16,     8,      2), "ieee", 8),
     Row(              80,   4,  256, Launch(     32,     16,     8,      1), "ieee"),
 )
 
 BACKWARD_DKV = (
     Row(              90,   2,   64, Launch(     64,     64,     8,      2)),
-    Row(              90,   2,  128, Launch(     32,     64,     8,      2)),
-    Row(              90,   2,  256, Launch(     32,     32,     8,      2)),
-    Row(              90,   4,   64, Launch(     32,     32,     8,      2)),
+    Row(              90,   2,  128, Launch(     32,     64,     8,      2), spills=16),
+    Row(              90,   2,  256, Launch(     32,     32,     8,      2), spills=24),
+    Row(              90,   4,   64, Launch(     16,     32,     4,      2), spills=8),
     Row(              90,   4,  128, Launch(     16,     32,     8,      1), "ieee", 8),
     Row(              90,   4,  256, Launch(     16,     16,     8,      1), "ieee", 8),
-    Row(              80,   2,   64, Launch(     32,     64,     4,      2)),
-    Row(              80,   2,  128, Launch(     32,     32,     4,      2)),
-    Row(              80,   2,  256, Launch(     32,     32,     8,      1)),
-    Row(              80,   4,   64, Launch(     16,     32,     4,      1)),
+    Row(              80,   2,   64, Launch(     32,     64,     4,      2), spills=8),
+    Row(              80,   2,  128, Launch(     32,     32,     4,      2), spills=8),
+    Row(              80,   2,  256, Launch(     16,     16,     8,      2), spills=8),
+    Row(              80,   4,   64, Launch(     16,     32,     4,      1), spills=32),
     Row(              80,   4,  128, Launch(     16,     32,     8,      1), "ieee", 8),
     Row(              80,   4,  256, Launch(     16,     16,     8,      1), "ieee", 8),
 )
@@ -63,14 +65,14 @@ BACKWARD_DKV = (
 BACKWARD_DQ = (
     Row(              90,   2,   64, Launch(    128,     64,     8,      2)),
     Row(              90,   2,  128, Launch(     64,     64,     8,      2)),
-    Row(              90,   2,  256, Launch(     32,     32,     8,      1)),
+    Row(              90,   2,  256, Launch(     64,     32,     8,      2), spills=8),
     Row(              90,   4,   64, Launch(     64,     32,     4,      1)),
     Row(              90,   4,  128, Launch(     32,     32,     8,      1), "ieee", 8),
     Row(              90,   4,  256, Launch(     32,     16,     8,      2), "ieee", 8),
-    Row(              80,   2,   64, Launch(     64,     32,     4,      2)),
+    Row(              80,   2,   64, Launch(     64,     32,     4,      2), spills=8),
     Row(              80,   2,  128, Launch(     32,     32,     4,      2)),
-    Row(              80,   2,  256, Launch(     32,     32,     8,      1)),
-    Row(              80,   4,   64, Launch(     32,     32,     8,      1)),
+    Row(              80,   2,  256, Launch(     32,     32,     8,      2), spills=8),
+    Row(              80,   4,   64, Launch(     32,     32,     8,      1), spills=16),
     Row(              80,   4,  128, Launch(     32,     16,     8,      1), "ieee", 8),
     Row(              80,   4,  256, Launch(     16,     16,     8,      1), "ieee", 8),
 )
@@ -84,11 +86,20 @@ SPLIT_TILES = 8
 MOST_SPLITS = 32
 
 
+def generation(capability: int) -> int:
+    """Return whose rows a GPU uses: 90 on Hopper, else 80, which fit the smallest shared memory.
+
+    Rows of its own for 100 and 120 want measurements on such GPUs.
+    """
+    return 90 if capability == 90 else 80
+
+
 def pick(table: tuple[Row, ...], capability: int, itemsize: int, head_dim: int) -> Row:
     """Return the first row that fits."""
     for row in table:
-        if capability >= row.capability and itemsize == row.itemsize and head_dim <= row.head_dim:
-            return row
+        if (row.capability, row.itemsize) == (generation(capability), itemsize):
+            if head_dim <= row.head_dim:
+                return row
     raise NotImplementedError(
         f"block_attention: no launch row for capability {capability}, {itemsize} bytes, "
         f"head dim {head_dim}"

@@ -97,7 +97,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tenso
             q, k, v, key_bias, block_gate, rows, token_bits, (block_q, block_k), scale
         )
     problem = Problem(q, k, v, key_bias, block_gate, rows, token_bits, (block_q, block_k), scale)
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         return blocked.forward(problem)
 
 
@@ -119,7 +119,7 @@ def _backward(
         problem = Problem(
             q, k, v, key_bias, block_gate, rows, token_bits, (block_q, block_k), scale
         )
-        with torch.autocast(q.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             dq, dk, dv, dbias, dgate = blocked.backward(problem, out, lse, dout, dlse, needs)
     nothing = lse.new_empty(0)
     return dq, dk, dv, nothing if dbias is None else dbias, nothing.clone() if dgate is None else dgate

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def read(lists, batch, head, tensor=None):
     """The entries of every line of one head, from offsets and indices alone."""
     offsets = lists.offsets[batch, head].tolist()
     entries = (lists.indices if tensor is None else tensor)[batch, head].tolist()
-    return [entries[start:end] for start, end in zip(offsets, offsets[1:], strict=False)]
+    return [entries[start:end] for start, end in pairwise(offsets)]
 
 
 def naive(grid):

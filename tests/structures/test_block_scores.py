@@ -175,7 +175,7 @@ def test_empty_dimensions(shape):
         lambda s: s.permute(1, 0, 2, 3),
         lambda s: torch.stack([s, -s], -1)[..., 1],
         lambda s: s.clone().requires_grad_(),
-        lambda s: (s.clone().requires_grad_() * 2),
+        lambda s: s.clone().requires_grad_() * 2,
     ],
     ids=["transposed", "columns", "shared", "permuted", "strided", "leaf", "graph"],
 )

@@ -1,6 +1,5 @@
 """Union and intersection against boolean algebra on token masks."""
 
-import itertools
 import operator
 
 import pytest

@@ -14,6 +14,8 @@ KEEP_RULE = "expected an int >= 0 or a float in (0, 1]"
 SHAPE_RULE = (
     "expected [B, H, R, C], R=2 (from q_len and block_size), C=3 (from k_len and block_size)"
 )
+SHAPES = "expected an int or a tuple of one to three ints"
+AXES = "expected an int or one int per axis, axes=1 (from shape)"
 
 
 def dense(blocks=BLOCKS, q_len=128, k_len=192, **options):
@@ -88,13 +90,25 @@ def test_blocks_of_the_wrong_shape(build, name, shape):
     check(lambda: build(torch.ones(shape, dtype=torch.bool)), ValueError, sentence)
 
 
-@pytest.mark.parametrize(("build", "name"), [(dense, "blocks"), (scored, "scores"), (tokens, "keep")])
+@pytest.mark.parametrize(
+    ("build", "name"), [(dense, "blocks"), (scored, "scores"), (tokens, "keep")]
+)
 def test_no_tensor(build, name):
-    check(lambda: build([True]), TypeError, f"BlockMask: {name} is [True] (list); expected a torch.Tensor")
-    check(lambda: build(None), TypeError, f"BlockMask: {name} is None (NoneType); expected a torch.Tensor")
+    check(
+        lambda: build([True]),
+        TypeError,
+        f"BlockMask: {name} is [True] (list); expected a torch.Tensor",
+    )
+    check(
+        lambda: build(None),
+        TypeError,
+        f"BlockMask: {name} is None (NoneType); expected a torch.Tensor",
+    )
 
 
-@pytest.mark.parametrize(("build", "name"), [(dense, "blocks"), (scored, "scores"), (tokens, "keep")])
+@pytest.mark.parametrize(
+    ("build", "name"), [(dense, "blocks"), (scored, "scores"), (tokens, "keep")]
+)
 def test_an_array_is_described_in_one_line(build, name):
     with pytest.raises(TypeError) as error:
         build(np.ones((1, 1, 2, 3)))
@@ -155,8 +169,7 @@ def test_always_elsewhere():
     check(
         lambda: scored(always=BLOCKS.to("meta")),
         ValueError,
-        "BlockMask: always is on meta; "
-        "expected the device of scores, device=cpu (from scores)",
+        "BlockMask: always is on meta; expected the device of scores, device=cpu (from scores)",
     )
 
 
@@ -173,7 +186,9 @@ def test_q_len_of_a_token_mask():
         "BlockMask: q_len is 20; expected None, since keep has its own Nq",
     )
     keys = TOKENS[0, 0, :1]
-    check(lambda: tokens(keys, q_len=-1), ValueError, "BlockMask: q_len is -1; expected an int >= 0")
+    check(
+        lambda: tokens(keys, q_len=-1), ValueError, "BlockMask: q_len is -1; expected an int >= 0"
+    )
     check(
         lambda: tokens(keys, q_len=2.0),
         TypeError,
@@ -184,9 +199,9 @@ def test_q_len_of_a_token_mask():
 @pytest.mark.parametrize(
     ("options", "kind", "sentence"),
     [
-        ({"shape": 4.0}, TypeError, "shape is 4.0 (float); expected an int or a tuple of one to three ints"),
-        ({"shape": ()}, ValueError, "shape is (); expected an int or a tuple of one to three ints"),
-        ({"shape": (2,) * 4}, ValueError, "shape is (2, 2, 2, 2); expected an int or a tuple of one to three ints"),
+        ({"shape": 4.0}, TypeError, f"shape is 4.0 (float); {SHAPES}"),
+        ({"shape": ()}, ValueError, f"shape is () (tuple); {SHAPES}"),
+        ({"shape": (2,) * 4}, ValueError, f"shape is (2, 2, 2, 2) (tuple); {SHAPES}"),
         ({"shape": (4.0,)}, TypeError, "shape is 4.0 (float); expected an int >= 0"),
         ({"shape": True}, TypeError, "shape is True (bool); expected an int >= 0"),
         ({"shape": -1}, ValueError, "shape is -1; expected an int >= 0"),
@@ -194,9 +209,9 @@ def test_q_len_of_a_token_mask():
         ({"radius": -1}, ValueError, "radius is -1; expected an int >= 0"),
         ({"radius": True}, TypeError, "radius is True (bool); expected an int >= 0"),
         ({"radius": (1.5,)}, TypeError, "radius is 1.5 (float); expected an int >= 0"),
-        ({"radius": (1, 2)}, ValueError, "radius is (1, 2); expected an int or one int per axis, axes=1 (from shape)"),
-        ({"radius": None}, TypeError, "radius is None (NoneType); expected an int or one int per axis, axes=1 (from shape)"),
-        ({"radius": 1.5}, TypeError, "radius is 1.5 (float); expected an int or one int per axis, axes=1 (from shape)"),
+        ({"radius": (1, 2)}, ValueError, f"radius is (1, 2) (tuple); {AXES}"),
+        ({"radius": None}, TypeError, f"radius is None (NoneType); {AXES}"),
+        ({"radius": 1.5}, TypeError, f"radius is 1.5 (float); {AXES}"),
         ({"prefix": -1}, ValueError, "prefix is -1; expected an int >= 0"),
         ({"prefix": 1.0}, TypeError, "prefix is 1.0 (float); expected an int >= 0"),
     ],

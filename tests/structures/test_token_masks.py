@@ -27,17 +27,14 @@ def mixed(batch, heads, q_len, k_len, block_size):
 
 def naive_states(keep, block_size):
     """-1 empty, -2 full, 0 partial: a ragged block at an end is full when all it has is kept."""
-    block_q, block_k = block_size
-    batch, heads, q_len, k_len = keep.shape
-    rows, columns = -(-q_len // block_q), -(-k_len // block_k)
-    states = torch.full((batch, heads, rows, columns), EMPTY_BLOCK, dtype=torch.int32)
-    for row in range(rows):
-        for column in range(columns):
-            block = keep[:, :, row * block_q :, column * block_k :][:, :, :block_q, :block_k]
-            block = block.flatten(2)
-            states[:, :, row, column][block.any(2)] = 0
-            states[:, :, row, column][block.all(2)] = FULL_BLOCK
-    return states
+    belongs = []
+    for length, size in zip(keep.shape[2:], block_size, strict=True):
+        blocks = torch.arange(-(-length // size))
+        belongs.append((blocks[:, None] == torch.arange(length) // size).double())
+    kept = belongs[0] @ keep.double() @ belongs[1].T
+    there = belongs[0] @ torch.ones_like(keep).double() @ belongs[1].T
+    states = torch.where(kept == 0, EMPTY_BLOCK, torch.where(kept == there, FULL_BLOCK, 0))
+    return states.int()
 
 
 def check(keep, mask, block_size):
@@ -52,7 +49,9 @@ def bits_past_the_end(mask, block_size):
     if mask.token_bits is None:
         return False
     states = mask.block_states()
-    every = token_bits.unpack(token_bits.fetch(mask.token_bits, states), 32 * -(-block_size[1] // 32))
+    every = token_bits.unpack(
+        token_bits.fetch(mask.token_bits, states), 32 * -(-block_size[1] // 32)
+    )
     query = torch.arange(states.shape[2])[:, None] * block_size[0] + torch.arange(block_size[0])
     bit = torch.arange(every.shape[-1])
     key = torch.arange(states.shape[3])[:, None] * block_size[1] + bit

@@ -27,7 +27,10 @@ def mixed_mask():
 
 
 def lists(offsets, indices, slots=None):
-    pack = [None if x is None else torch.tensor([[x]], dtype=torch.int32) for x in (offsets, indices, slots)]
+    pack = [
+        None if x is None else torch.tensor([[x]], dtype=torch.int32)
+        for x in (offsets, indices, slots)
+    ]
     return BlockLists(*pack)
 
 
