@@ -149,7 +149,8 @@ def _no_grad(call: Callable[[], Tensor]) -> Tensor:
 
 def line(row: Row) -> str:
     """Format a row; LOSES marks one that dense attention wins."""
-    lost = [name for name, gain in (("forward", row.forward_gain), ("both", row.both_gain)) if gain < 1]
+    gains = (("forward", row.forward_gain), ("both", row.both_gain))
+    lost = [name for name, gain in gains if gain < 1]
     floor = row.density * row.dense_forward[1]
     return (
         f"{row.dtype:9} {row.tokens:6} {row.density:7.3f} {row.mask_ms:7.2f} "

@@ -58,9 +58,9 @@ def dot_precision(dtype: torch.dtype, float32: str) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else float32
 
 
-def raise_bfloat16(tensor: Tensor | None, interpreting: bool) -> Tensor | None:
+def raise_bfloat16(tensor: Tensor, interpreting: bool) -> Tensor:
     """Cast bfloat16 to float32 under Triton's interpreter, whose bfloat16 arithmetic is wrong."""
-    if interpreting and tensor is not None and tensor.dtype == torch.bfloat16:
+    if interpreting and tensor.dtype == torch.bfloat16:
         return tensor.float()
     return tensor
 
@@ -72,6 +72,4 @@ def unit_stride(tensor: Tensor) -> Tensor:
 
 def shared_strides(tensor: Tensor, dims: int) -> tuple[int, ...]:
     """Return the first `dims` strides, 0 where the size is 1 and serves all."""
-    return tuple(
-        0 if tensor.shape[dim] == 1 else tensor.stride(dim) for dim in range(dims)
-    )
+    return tuple(0 if tensor.shape[dim] == 1 else tensor.stride(dim) for dim in range(dims))

@@ -72,7 +72,9 @@ def backward(
     if q.numel() == 0 or k.numel() == 0:
         dbias = torch.zeros_like(key_bias) if key_bias is not None and needs[0] else None
         dgate = torch.zeros_like(block_gate) if block_gate is not None and needs[1] else None
-        return *(gradient.zero_() for gradient in gradients), dbias, dgate
+        for gradient in gradients:
+            gradient.zero_()
+        return *gradients, dbias, dgate
     with call.device:
         delta, dout = _delta(call, dout, dlse, out, lse)
         dbias = _launch_dkv(call, columns, dout, lse, delta, *gradients[1:], scale, needs[0])

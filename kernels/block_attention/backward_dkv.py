@@ -1,7 +1,7 @@
 """dk, dv and the gradient of key_bias of block_sparse_attention, over column lists.
 
-    p_ij = exp(scale * q_i.k_j + bias_j + gate_RC - lse_i),   ds_ij = p_ij (do_i.v_j - delta_i)
-    dv_j = sum_i p_ij do_i,   dk_j = scale * sum_i ds_ij q_i,   dbias_j = sum_i ds_ij
+p_ij = exp(scale * q_i.k_j + bias_j + gate_RC - lse_i),   ds_ij = p_ij (do_i.v_j - delta_i)
+dv_j = sum_i p_ij do_i,   dk_j = scale * sum_i ds_ij q_i,   dbias_j = sum_i ds_ij
 """
 
 import triton

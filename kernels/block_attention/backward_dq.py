@@ -1,7 +1,7 @@
 """dq and the gradient of block_gate of block_sparse_attention, over row lists.
 
-    p_ij = exp(scale * q_i.k_j + bias_j + gate_RC - lse_i),   ds_ij = p_ij (do_i.v_j - delta_i)
-    dq_i = scale * sum_j ds_ij k_j,   dgate_RC = sum_{i in R, j in C} ds_ij
+p_ij = exp(scale * q_i.k_j + bias_j + gate_RC - lse_i),   ds_ij = p_ij (do_i.v_j - delta_i)
+dq_i = scale * sum_j ds_ij k_j,   dgate_RC = sum_{i in R, j in C} ds_ij
 """
 
 import triton
@@ -43,7 +43,6 @@ def walk_row(
         key = column.to(tl.int64) * MASK_BLOCK_K + in_block
         keys = key + tl.arange(0, BLOCK_K)
         key_ok = keys < k_len
-        bias = 0.0
         if HAS_BIAS:
             bias = tl.load(bias_ptr + keys, mask=key_ok, other=float("-inf"))
             key_ok = bias != float("-inf")

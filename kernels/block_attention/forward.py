@@ -83,7 +83,6 @@ def walk_list(
         key = column.to(tl.int64) * MASK_BLOCK_K + in_block
         keys = key + tl.arange(0, BLOCK_K)
         key_ok = keys < k_len
-        bias = 0.0
         if HAS_BIAS:
             bias = tl.load(bias_ptr + keys, mask=key_ok, other=float("-inf"))
             key_ok = bias != float("-inf")  # a hidden key is never loaded: its NaN stays there
@@ -157,7 +156,8 @@ def block_attention_fwd_kernel(
     bits_ptr += batch * bits_strides[0] + head * bits_strides[1]
     bits_ptr += (start % MASK_BLOCK_Q) * bits_strides[3]
     indices_ptr += mask_head * capacity
-    partial_list = (partial_indices_ptr + mask_head * partial_capacity, slots_ptr + mask_head * partial_capacity)
+    at = mask_head * partial_capacity
+    partial_list = (partial_indices_ptr + at, slots_ptr + at)
     keys_at = (k_ptr, v_ptr, k_strides[2], v_strides[2], k_len)
     extras_at = (bias_ptr, gate_ptr, gate_strides[3])
     bits_at = (bits_ptr, bits_strides[2], bits_strides[3])

@@ -40,9 +40,9 @@ FORWARD = (
     Row(              90,   4,  128, Launch(     32,     16,     8,      2), "ieee"),
     Row(              90,   4,  256, Launch(     32,     16,     8,      1), "ieee"),
     Row(              80,   2,   64, Launch(    128,     64,     8,      3)),
-    Row(              80,   2,  128, Launch(     64,     32,     4,      2)),
-    Row(              80,   2,  256, Launch(     32,     32,     4,      2)),
-    Row(              80,   4,   64, Launch(     32,     32,     4,      2)),
+    Row(              80,   2,  128, Launch(     64,     32,     4,      2), spills=8),
+    Row(              80,   2,  256, Launch(     32,     32,     4,      2), spills=8),
+    Row(              80,   4,   64, Launch(     32,     32,     4,      2), spills=16),
     Row(              80,   4,  128, Launch(     32,     16,     8,      2), "ieee", 8),
     Row(              80,   4,  256, Launch(     32,     16,     8,      1), "ieee"),
 )
@@ -55,7 +55,7 @@ BACKWARD_DKV = (
     Row(              90,   4,  128, Launch(     16,     32,     8,      1), "ieee", 8),
     Row(              90,   4,  256, Launch(     16,     16,     8,      1), "ieee", 8),
     Row(              80,   2,   64, Launch(     32,     64,     4,      2), spills=8),
-    Row(              80,   2,  128, Launch(     32,     32,     4,      2), spills=8),
+    Row(              80,   2,  128, Launch(     32,     32,     4,      2), spills=16),
     Row(              80,   2,  256, Launch(     16,     16,     8,      2), spills=8),
     Row(              80,   4,   64, Launch(     16,     32,     4,      1), spills=32),
     Row(              80,   4,  128, Launch(     16,     32,     8,      1), "ieee", 8),
@@ -72,7 +72,7 @@ BACKWARD_DQ = (
     Row(              80,   2,   64, Launch(     64,     32,     4,      2), spills=8),
     Row(              80,   2,  128, Launch(     32,     32,     4,      2)),
     Row(              80,   2,  256, Launch(     32,     32,     8,      2), spills=8),
-    Row(              80,   4,   64, Launch(     32,     32,     8,      1), spills=16),
+    Row(              80,   4,   64, Launch(     32,     32,     8,      1), spills=24),
     Row(              80,   4,  128, Launch(     32,     16,     8,      1), "ieee", 8),
     Row(              80,   4,  256, Launch(     16,     16,     8,      1), "ieee", 8),
 )
@@ -97,9 +97,9 @@ def generation(capability: int) -> int:
 def pick(table: tuple[Row, ...], capability: int, itemsize: int, head_dim: int) -> Row:
     """Return the first row that fits."""
     for row in table:
-        if (row.capability, row.itemsize) == (generation(capability), itemsize):
-            if head_dim <= row.head_dim:
-                return row
+        same = (row.capability, row.itemsize) == (generation(capability), itemsize)
+        if same and head_dim <= row.head_dim:
+            return row
     raise NotImplementedError(
         f"block_attention: no launch row for capability {capability}, {itemsize} bytes, "
         f"head dim {head_dim}"

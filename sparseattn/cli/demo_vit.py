@@ -9,7 +9,7 @@ query and key projections share their weights, so a query looks for patches like
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ def full_attention(block: int, impl: Literal["torch", "triton"]) -> Attend:
     """Return block-sparse attention that keeps every tile: must equal `dense_attention`."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return cast(Tensor, block_sparse_attention(q, k, v, all_tiles(q, block), impl=impl))
+        return block_sparse_attention(q, k, v, all_tiles(q, block), impl=impl)
 
     return attend
 
@@ -50,7 +50,7 @@ def full_attention(block: int, impl: Literal["torch", "triton"]) -> Attend:
 def attention_and_lse(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> tuple[Tensor, Tensor]:
     """Return the output [B, H, N, D] and the log of each query's sum of weights [B, H, N]."""
     both = block_sparse_attention(q, k, v, mask, return_lse=True)
-    return cast(tuple[Tensor, Tensor], both)
+    return both
 
 
 @dataclass
@@ -92,7 +92,7 @@ class TileAttention:
         mask = self.select(q, k)
         if self.masks is not None:
             self.masks.append(mask)
-        return cast(Tensor, block_sparse_attention(q, k, v, mask))
+        return block_sparse_attention(q, k, v, mask)
 
 
 def standardised(values: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Functional ops on tensors, one file an op."""

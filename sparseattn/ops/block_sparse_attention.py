@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +16,21 @@ from sparseattn.structures.block_mask import BlockMask
 
 _OP = "block_sparse_attention"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+Impl = Literal["auto", "triton", "torch", "reference"]
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, *, key_mask: Tensor | None = ...,
+    key_bias: Tensor | None = ..., block_gate: Tensor | None = ..., scale: float | None = ...,
+    return_lse: Literal[False] = ..., impl: Impl = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, *, key_mask: Tensor | None = ...,
+    key_bias: Tensor | None = ..., block_gate: Tensor | None = ..., scale: float | None = ...,
+    return_lse: Literal[True], impl: Impl = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def block_sparse_attention(
@@ -29,7 +44,7 @@ def block_sparse_attention(
     block_gate: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
-    impl: Literal["auto", "triton", "torch", "reference"] = "auto",
+    impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend to the keys that a BlockMask shows to each query.
 
@@ -80,7 +95,7 @@ def block_sparse_attention(
     scale = _check_scale(scale, q)
     bias = _fold_key_bias(q, k, key_mask, key_bias)
     gate = _check_gate(block_gate, mask, q, k)
-    chosen = dispatch.choose(_OP, impl, q.device, unsupported(q, k, v, mask) if impl in ("auto", "triton") else [])
+    chosen = dispatch.choose(_OP, impl, q.device, unsupported(q))
     if chosen == "reference":
         with torch.autocast(q.device.type, enabled=False):
             out, lse = reference(q, k, v, mask, bias, gate, scale)
@@ -90,8 +105,8 @@ def block_sparse_attention(
     return (out, lse) if return_lse else out
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> list[str]:
-    """Return why the Triton kernels cannot run these inputs (empty: they can)."""
+def unsupported(q: Tensor) -> list[str]:
+    """Return why the Triton kernels cannot run such queries (empty: they can)."""
     reasons = dispatch.triton_reasons(q.device)
     if q.dtype == torch.float64:
         reasons.append("dtype is float64; expected float32, float16 or bfloat16")
@@ -107,7 +122,7 @@ def _check_qkv(q: Any, k: Any, v: Any) -> tuple[Tensor, Tensor, Tensor]:
     shapes.bind("k", k, "B G Nk D")
     shapes.bind("v", v, "B G Nk D")
     heads, key_heads = q.shape[1], k.shape[1]
-    if key_heads == 0 and heads > 0 or key_heads > 0 and heads % key_heads:
+    if (key_heads == 0 and heads > 0) or (key_heads > 0 and heads % key_heads):
         raise ValueError(
             f"{_OP}: k has {key_heads} heads; expected a divisor of H, H={heads} (from q)"
         )
@@ -142,8 +157,7 @@ def _check_mask(mask: Any, q: Tensor, k: Tensor) -> None:
             )
     if mask.device != q.device:
         raise ValueError(
-            f"{_OP}: mask is on {mask.device}; "
-            f"expected the device of q, device={q.device} (from q)"
+            f"{_OP}: mask is on {mask.device}; expected the device of q, device={q.device} (from q)"
         )
 
 

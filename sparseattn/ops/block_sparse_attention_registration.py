@@ -63,7 +63,7 @@ def _flat(full: Any, partial: Any) -> tuple[Tensor | None, ...]:
 class _BlockSparseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        inputs, rows, columns, options = args[:5], args[5:10], args[10:15], args[15:]
+        inputs, rows, options = args[:5], args[5:10], args[15:]
         out, lse = torch.ops.sparseattn.block_sparse_attention.default(*inputs, *rows, *options)
         ctx.save_for_backward(out, lse, *args[:16])
         ctx.options = options[1:]
@@ -122,7 +122,9 @@ def _backward(
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             dq, dk, dv, dbias, dgate = blocked.backward(problem, out, lse, dout, dlse, needs)
     nothing = lse.new_empty(0)
-    return dq, dk, dv, nothing if dbias is None else dbias, nothing.clone() if dgate is None else dgate
+    dbias = nothing if dbias is None else dbias
+    dgate = nothing.clone() if dgate is None else dgate
+    return dq, dk, dv, dbias, dgate
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -135,9 +137,9 @@ def _backward_fake(
     q, k, v, key_bias, block_gate = rest[:5]
     needs_key_bias, needs_block_gate = rest[-2:]
     wide = wide_dtype(q.dtype)
-    shapes = [t.shape if need else (0,) for t, need in ((key_bias, needs_key_bias), (block_gate, needs_block_gate))]
-    extra = [q.new_empty(shape, dtype=wide) for shape in shapes]
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), extra[0], extra[1]
+    dbias = q.new_empty(key_bias.shape if needs_key_bias else (0,), dtype=wide)
+    dgate = q.new_empty(block_gate.shape if needs_block_gate else (0,), dtype=wide)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias, dgate
 
 
 for _device in ("CPU", "CUDA"):

@@ -16,7 +16,7 @@ counting sort: count each line, scan the counts, write each entry to its place i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -61,8 +61,8 @@ class BlockLists:
 
     def map(self, move: Callable[[Tensor], Tensor]) -> BlockLists:
         """Return the same lists with every tensor passed through `move`."""
-        tensors = (getattr(self, field.name) for field in fields(self))
-        return BlockLists(*(None if tensor is None else move(tensor) for tensor in tensors))
+        slots = None if self.slots is None else move(self.slots)
+        return BlockLists(move(self.offsets), move(self.indices), slots)
 
 
 def build_lists(blocks: Tensor, capacity: int) -> tuple[BlockLists, BlockLists]:
@@ -98,14 +98,14 @@ def _block_lists_host(blocks: Tensor, capacity: int) -> tuple[Tensor, Tensor, Te
     lists = _allocate(blocks, capacity)
     for direction, grid in enumerate((blocks, blocks.mT)):
         offsets, indices = (t.numpy() for t in lists[2 * direction : 2 * direction + 2])
-        grid = grid.contiguous().numpy()
+        kept_blocks = grid.contiguous().numpy()
         offsets[..., 0] = 0
-        counts = grid.view(np.uint8).sum(-1, dtype=np.int32)
+        counts = kept_blocks.view(np.uint8).sum(-1, dtype=np.int32)
         np.cumsum(counts, axis=-1, out=offsets[..., 1:])
-        for head in np.ndindex(grid.shape[:2]):
-            kept = np.flatnonzero(grid[head]).astype(np.int32)[:capacity]
-            if grid.shape[3]:
-                kept %= np.int32(grid.shape[3])
+        for head in np.ndindex(kept_blocks.shape[:2]):
+            kept = np.flatnonzero(kept_blocks[head]).astype(np.int32)[:capacity]
+            if kept_blocks.shape[3]:
+                kept %= np.int32(kept_blocks.shape[3])
             indices[head][: kept.size] = kept
             indices[head][kept.size :] = PAD_INDEX
     return lists
@@ -113,12 +113,12 @@ def _block_lists_host(blocks: Tensor, capacity: int) -> tuple[Tensor, Tensor, Te
 
 def _block_lists_cuda(blocks: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     try:
-        from sparseattn.kernels.block_select import lists
+        import sparseattn.kernels.block_select.lists as kernels
     except ImportError:  # no Triton beside this torch: build on the host, at the price of a copy
         moved = _block_lists_host(blocks.cpu(), capacity)
         first, second, third, fourth = (tensor.to(blocks.device) for tensor in moved)
         return first, second, third, fourth
-    return *lists.build(blocks, capacity), *lists.build(blocks.mT, capacity)
+    return *kernels.build(blocks, capacity), *kernels.build(blocks.mT, capacity)
 
 
 _library.impl("block_lists", _block_lists_host, "CPU")

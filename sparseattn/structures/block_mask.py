@@ -278,7 +278,7 @@ class BlockMask:
         return self.map(lambda tensor: tensor.to(device))
 
     def map(self, move: Callable[[Tensor], Tensor]) -> BlockMask:
-        """Return the mask with every tensor passed through `move`, which keeps shapes and values."""
+        """Return the mask with every tensor passed through `move`."""
         return BlockMask(
             self.q_len,
             self.k_len,
@@ -331,7 +331,7 @@ def keep_count(keep: Any, num_columns: int) -> int:
         return math.ceil(keep * num_columns)
     if keep < 0:
         raise ValueError(f"{_OP}: keep is {keep}; expected {rule}")
-    return min(keep, num_columns)
+    return keep if keep < num_columns else num_columns  # type: ignore[return-value]
 
 
 def top_blocks(scores: Tensor, count: int) -> Tensor:

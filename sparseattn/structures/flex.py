@@ -72,7 +72,7 @@ def from_flex(mask: Any) -> BlockMask:
     num_columns = -(-k_len // block_k)
     partial = _flex_blocks(mask.kv_num_blocks, mask.kv_indices, num_columns)
     full = torch.zeros_like(partial)
-    if mask.full_kv_num_blocks is not None:
+    if mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None:
         full = _flex_blocks(mask.full_kv_num_blocks, mask.full_kv_indices, num_columns)
     batch, heads, num_rows, _ = partial.shape
     partial &= ~full
@@ -114,7 +114,5 @@ def _flex_blocks(counts: Tensor, indices: Tensor, num_columns: int) -> Tensor:
     """Return the listed blocks as bool [B, H, R, C]."""
     place = torch.arange(indices.shape[-1], device=indices.device)
     column = torch.where(place < counts[..., None], indices.long(), num_columns)
-    blocks = torch.zeros(
-        (*counts.shape, num_columns + 1), dtype=torch.bool, device=indices.device
-    )
+    blocks = torch.zeros((*counts.shape, num_columns + 1), dtype=torch.bool, device=indices.device)
     return blocks.scatter(-1, column, True)[..., :num_columns]

@@ -51,7 +51,8 @@ def popcount(bits: Tensor) -> Tensor:
 def fetch(token_bits: Tensor, states: Tensor) -> Tensor:
     """Return the words of every block, zero unless it is partial.
 
-    states: int32 [B, H, ...] of ``BlockMask.block_states()`` values; result [B, H, ..., block_q, words].
+    states: int32 [B, H, ...], values of ``BlockMask.block_states()``.
+    Returns int32 [B, H, ..., block_q, words].
     """
     batch, heads = states.shape[:2]
     slots = states.flatten(2).clamp(min=0).long()

@@ -67,7 +67,9 @@ def combine(left: BlockMask, right: BlockMask, union: bool) -> BlockMask:
     for name in ("q_len", "k_len", "block_size", "device"):
         mine, theirs = getattr(left, name), getattr(right, name)
         if mine != theirs:
-            raise ValueError(f"{_OP}: other has {name}={theirs}; expected {name}={mine} (from self)")
+            raise ValueError(
+                f"{_OP}: other has {name}={theirs}; expected {name}={mine} (from self)"
+            )
     shape = _common_shape(left, right)
     first, second = left.block_states().expand(shape), right.block_states().expand(shape)
     geometry = (left.q_len, left.k_len, left.block_size)
@@ -87,10 +89,7 @@ def combine(left: BlockMask, right: BlockMask, union: bool) -> BlockMask:
     entries, _ = build_lists(~full & ~empty, capacity)
     lines = entries.lines()
     place = torch.where(lines < shape[2], lines.long() * shape[3] + entries.indices, everything)
-    words = [
-        _entry_words(mask, state, place)
-        for mask, state in ((left, first), (right, second))
-    ]
+    words = [_entry_words(mask, state, place) for mask, state in ((left, first), (right, second))]
     slots = torch.arange(capacity, dtype=torch.int32, device=left.device).expand(place.shape)
     padded = torch.nn.functional.pad(states.flatten(2), (0, 1))
     states = padded.scatter(2, place, slots)[..., :everything].view(shape)
@@ -123,9 +122,7 @@ def _entry_words(mask: BlockMask, states: Tensor, place: Tensor) -> Tensor:
 
 def _common_shape(left: BlockMask, right: BlockMask) -> tuple[int, int, int, int]:
     try:
-        batch, heads = torch.broadcast_shapes(
-            (left.batch, left.heads), (right.batch, right.heads)
-        )
+        batch, heads = torch.broadcast_shapes((left.batch, left.heads), (right.batch, right.heads))
     except RuntimeError as error:
         raise ValueError(
             f"{_OP}: other has batch={right.batch}, heads={right.heads}; expected sizes that "

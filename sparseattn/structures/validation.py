@@ -15,9 +15,7 @@ def validate(mask: BlockMask) -> None:
     num_columns = -(-mask.k_len // mask.block_size[1])
     pairs = [("rows", mask.rows, "columns", mask.columns)]
     if mask.partial_rows is not None and mask.partial_columns is not None:
-        pairs.append(
-            ("partial_rows", mask.partial_rows, "partial_columns", mask.partial_columns)
-        )
+        pairs.append(("partial_rows", mask.partial_rows, "partial_columns", mask.partial_columns))
     grids = []
     for row_name, rows, column_name, columns in pairs:
         by_row = _grid(row_name, rows, num_rows, num_columns)
@@ -38,7 +36,9 @@ def validate(mask: BlockMask) -> None:
 def _grid(name: str, lists: BlockLists, num_lines: int, num_ids: int) -> Tensor:
     """Check one list; return its blocks as bool [B, H, L, ids]."""
     offsets, indices = lists.offsets, lists.indices
-    _require(lists.num_lines == num_lines, f"{name} has {lists.num_lines} lines; expected {num_lines}")
+    _require(
+        lists.num_lines == num_lines, f"{name} has {lists.num_lines} lines; expected {num_lines}"
+    )
     _require(bool((offsets[..., 0] == 0).all()), f"{name}.offsets starts above 0; expected 0")
     _require(bool((offsets.diff(dim=-1) >= 0).all()), f"{name}.offsets falls; expected ascending")
     end = int(offsets[..., -1].max()) if offsets.numel() else 0

@@ -35,7 +35,8 @@ class AttentionSpec:
     dout_layout: the same, or "scalar": one number expanded to the shape, as out.sum() sends.
     key_mask: "tail" pads samples at the end, "random" anywhere, "nothing" hides all keys of the
         first sample.
-    key_bias, block_gate: "shared" by the heads, "heads" apart, or "hidden": shared, some -inf.
+    key_bias, block_gate: "shared" by the heads, "heads" apart, or with some -inf: "hidden"
+        (shared) and "hidden-heads".
     poison_keys: keys that key_mask or key_bias hides hold NaN.
     poison_queries: queries that see nothing hold NaN.
     use: which results the loss depends on.
@@ -56,8 +57,8 @@ class AttentionSpec:
     input_scale: float = 1.0
     scale: float | None = None
     key_mask: Literal["tail", "random", "nothing"] | None = None
-    key_bias: Literal["shared", "heads", "hidden"] | None = None
-    block_gate: Literal["shared", "heads", "hidden"] | None = None
+    key_bias: Literal["shared", "heads", "hidden", "hidden-heads"] | None = None
+    block_gate: Literal["shared", "heads", "hidden", "hidden-heads"] | None = None
     poison_keys: bool = True
     poison_queries: bool = False
     use: Literal["both", "out", "lse"] = "both"
@@ -248,9 +249,9 @@ def _extra(kind: str | None, shape: tuple[int, ...], random: torch.Generator) ->
     """Return a bias or gate of this kind."""
     if kind is None:
         return None
-    shape = shape if kind == "heads" else (shape[0], 1, *shape[2:])
+    shape = shape if kind.endswith("heads") else (shape[0], 1, *shape[2:])
     value = torch.randn(shape, generator=random)
-    if kind == "hidden":
+    if kind.startswith("hidden"):
         value.masked_fill_(torch.rand(shape, generator=random) < 0.3, -math.inf)
     return value
 

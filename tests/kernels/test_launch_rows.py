@@ -58,9 +58,7 @@ def test_no_row_for_other_sizes() -> None:
      (64, (64, 0)), (72, (64, 16)), (80, (64, 16)), (96, (64, 32)), (104, (128, 0)),
      (128, (128, 0)), (160, (128, 32)), (192, (128, 64)), (200, (256, 0)), (256, (256, 0))],
 )  # fmt: skip
-def test_head_dims_are_split_where_that_wastes_less(
-    head_dim: int, chunks: tuple[int, int]
-) -> None:
+def test_head_dims_are_split_where_that_wastes_less(head_dim: int, chunks: tuple[int, int]) -> None:
     assert launch.split_head_dim(head_dim) == chunks
     assert head_dim <= sum(chunks) <= 2 * head_dim
 

@@ -54,6 +54,9 @@ CASES = {
     "gqa": Spec(70, batch=2, heads=4, key_heads=2, mask="tokens", per_batch=True, per_head=True),
     "mqa": Spec(100, heads=4, key_heads=1, mask="blocks", per_head=True, key_bias="heads"),
     "gqa-gate": Spec(100, heads=4, key_heads=2, key_mask="random", block_gate="heads"),
+    "gqa-hidden": Spec(
+        70, heads=4, key_heads=2, mask="all", key_bias="hidden-heads", block_gate="hidden-heads"
+    ),
     "mask-per-batch": Spec(150, batch=3, heads=1, per_batch=True, block_gate="shared"),
     "mask-per-head": Spec(150, batch=2, mask="tokens", per_head=True),
     "many-heads": Spec(70, batch=3, heads=8, mask="mixed", key_bias="shared"),
@@ -100,7 +103,7 @@ HIDING = ["n127", "none", "holes", "rows", "no-keys-in-one-sample", "gate-hidden
 # In the interpreter: at most 260 tokens, and a case earns its place by a branch of the kernels.
 TRITON_CASES = [
     "one-token", "n65", "n127", "n197", "one-query", "few-queries", "few-keys", "d24", "d72",
-    "d104", "d128", "d256", "gqa", "mqa", "gqa-gate", "mask-per-batch", "sliced", "expanded",
+    "d104", "d128", "d256", "gqa", "mqa", "gqa-hidden", "mask-per-batch", "sliced", "expanded",
     "strided", "none", "one-block", "holes", "rows", "keys", "input-tenth", "input-16",
     "scale-negative", "scale-zero", "no-keys-in-one-sample", "gate-hidden", "everything",
     "block-16", "block-32x128", "block-48x80", "block-96x48", "block-256", "only-lse",
@@ -188,7 +191,7 @@ def test_automatic_choice_is_the_torch_path_on_a_cpu():
 def specs(draw, longest, widest):
     heads = draw(st.sampled_from([1, 2, 4]))
     block = st.sampled_from([16, 32, 48, 64, 80, 128])
-    extra = st.sampled_from([None, None, "shared", "heads", "hidden"])
+    extra = st.sampled_from([None, None, "shared", "heads", "hidden", "hidden-heads"])
     mask = draw(
         st.sampled_from(["all", "none", "topk", "blocks", "holes", "tokens", "rows", "keys"])
     )

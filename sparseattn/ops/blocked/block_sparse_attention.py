@@ -1,8 +1,8 @@
 """Block-sparse attention in torch: cost and memory follow the blocks that are kept.
 
-Query blocks whose lists are equally long are computed together, a cache-sized chunk at a time: their
-key and value blocks are gathered, then dense math runs on the gathered keys. The forward uses
-torch's fused attention; the backward recomputes the weights from lse and uses plain products.
+Query blocks whose lists are equally long are computed together, a cache-sized chunk at a time:
+their key and value blocks are gathered, then dense math runs on the gathered keys. The backward
+recomputes the weights from lse. A mask that shows everything goes to torch's dense attention.
 """
 
 from __future__ import annotations
@@ -15,17 +15,23 @@ from torch import Tensor
 from sparseattn.ops.blocked import plan
 from sparseattn.structures import token_bits as bits_of
 
-# Gathered keys of a chunk, for 64 queries a block: what keeps one step of the chunk in cache, and its
-# memory small beside the output.
+# Gathered keys of a chunk, for 64 queries a block: what keeps one step of the chunk in cache, and
+# its memory small beside the output.
 _FUSED_KEYS = 8192
 _FORWARD_KEYS = 4096
 _BACKWARD_KEYS = 3072
 _DELTA_BLOCKS = 64
 
+_fused_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
 
 def forward(problem: plan.Problem) -> tuple[Tensor, Tensor]:
     """Return o like q, and the natural-log lse [B, H, Nq] in the accumulation dtype."""
     q = problem.q
+    if _is_dense(problem):
+        out = torch.empty_like(q)
+        o, lse = _fused_cpu(q, problem.k, problem.v, scale=problem.scale)
+        return out.copy_(o), lse.contiguous()
     out = torch.zeros_like(q)
     lse = q.new_full(q.shape[:3], -math.inf, dtype=plan.accumulate_dtype(q.dtype))
     most_keys = _FUSED_KEYS if _is_fused(q) else _FORWARD_KEYS
@@ -54,6 +60,8 @@ def backward(
     """Return dq, dk, dv, and the gradients of key_bias and block_gate where `needs` says so."""
     q, k, v = problem.q, problem.k, problem.v
     wide = plan.accumulate_dtype(q.dtype)
+    if dlse is None and _is_dense(problem):
+        return *_dense_backward(problem, out, lse, dout), None, None
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     bias = problem.padded_bias
     dbias = torch.zeros_like(bias) if bias is not None and needs[0] else None
@@ -141,9 +149,9 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """Dense attention of [n, bq, D] over [n, keys, D]: o [n, bq, D] and lse [n, bq]."""
     if _is_fused(queries):
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
         mask = None if bias is None else bias[:, None]
-        o, lse = fused(queries[:, None], keys[:, None], values[:, None], attn_mask=mask, scale=scale)
+        heads = (queries[:, None], keys[:, None], values[:, None])
+        o, lse = _fused_cpu(*heads, attn_mask=mask, scale=scale)
         o, lse = o.view(queries.shape), lse.view(queries.shape[:2])
         if bias is not None:
             lse = lse.where((bias > -math.inf).any(-1), -math.inf)
@@ -163,17 +171,39 @@ def _attend(
     return (torch.bmm(p.to(values.dtype), values) / total).to(values.dtype), lse
 
 
+def _is_dense(problem: plan.Problem) -> bool:
+    """Whether every query sees every key, and torch's fused attention takes the inputs."""
+    q, k, rows = problem.q, problem.k, problem.rows
+    plain = problem.key_bias is None and problem.block_gate is None and problem.token_bits is None
+    if q.device.type != "cpu" or not plain or problem.group != 1 or not q.numel() * k.numel():
+        return False
+    every_block = rows.offsets.shape[-1] - 1, -(-k.shape[2] // problem.block_size[1])
+    return bool((rows.offsets[..., -1] == math.prod(every_block)).all())
+
+
+def _dense_backward(
+    problem: plan.Problem, out: Tensor, lse: Tensor, dout: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = problem.q, problem.k, problem.v
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    gradients = fused(dout, *inputs, out, lse, 0.0, False, scale=problem.scale)
+    dq, dk, dv = (torch.empty_like(x).copy_(g) for x, g in zip(inputs, gradients, strict=True))
+    return dq, dk, dv
+
+
 def _is_fused(queries: Tensor) -> bool:
     """Whether torch's fused attention is the faster: on the CPU in 16 bits."""
     return queries.device.type == "cpu" and queries.element_size() == 2
 
 
-def _chunk_bias(problem: plan.Problem, chunk: plan.Chunk, keys: Tensor, values: Tensor) -> Tensor | None:
+def _chunk_bias(
+    problem: plan.Problem, chunk: plan.Chunk, keys: Tensor, values: Tensor
+) -> Tensor | None:
     """Return what is added to the chunk's logits, [n, 1 or bq, e * bk], or None if nothing is.
 
     Keys that nobody may see are zeroed in the gathered keys and values, so NaN there stays there.
     """
-    block_q, block_k = problem.block_size
+    block_k = problem.block_size[1]
     k_len = problem.k.shape[2]
     wide = plan.accumulate_dtype(problem.q.dtype)
     parts: list[Tensor] = []
@@ -234,5 +264,3 @@ def _add_gate_gradient(dgate: Tensor, ds: Tensor, chunk: plan.Chunk) -> None:
     line = (chunk.batch * heads + head) * rows + chunk.row
     place = line[:, None] * columns + chunk.columns
     dgate.view(-1).index_add_(0, place.flatten(), ds.sum((1, 3)).flatten())
-
-

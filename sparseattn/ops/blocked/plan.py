@@ -14,7 +14,6 @@ from torch import Tensor
 
 from sparseattn.kernels.launch import IndexLists
 
-
 # Keys of a slab where keys or queries are strided or ragged.
 SLAB_KEYS = 4096
 
@@ -141,7 +140,7 @@ def slabs(problem: Problem, sums: bool) -> Iterator[Slab]:
 
 
 def block_table(tensor: Tensor, slab: Slab, block: int) -> Tensor:
-    """Return a slab's keys as contiguous [blocks, block, D]; a copy if they are ragged or strided."""
+    """Return a slab's keys as [blocks, block, D]: a copy if they are ragged or strided."""
     part = tensor[slab.b0 : slab.b1, slab.g0 : slab.g1]
     spare = -part.shape[2] % block
     if spare:
@@ -150,7 +149,7 @@ def block_table(tensor: Tensor, slab: Slab, block: int) -> Tensor:
 
 
 def sum_table(gradient: Tensor, slab: Slab, block: int) -> Tensor:
-    """Return zeros [blocks, block * D] to sum a slab's dk or dv in: `gradient` itself if it can be."""
+    """Return zeros [blocks, block * D] to sum dk or dv in: `gradient` itself if it can be."""
     part = gradient[slab.b0 : slab.b1, slab.g0 : slab.g1]
     wide = accumulate_dtype(gradient.dtype)
     if gradient.dtype == wide and part.shape[2] % block == 0 and part.is_contiguous():
@@ -205,7 +204,8 @@ def chunks(problem: Problem, slab: Slab, most_keys: int) -> Iterator[Chunk]:
     partial_starts, partial_counts = starts, np.zeros_like(counts)
     partial = None
     if problem.rows.partial_offsets is not None:
-        partial = _HostLists(*problem.rows[2:])
+        indices, slots_of = problem.rows.partial_indices, problem.rows.partial_slots
+        partial = _HostLists(problem.rows.partial_offsets, indices, slots_of)
         partial_starts, partial_counts = partial.lines(batch, head, row)
     order = np.lexsort((counts, partial_counts)) if counts.size else counts
     order = order[(counts + partial_counts)[order] > 0]
