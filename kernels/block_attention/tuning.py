@@ -48,8 +48,8 @@ FORWARD = (
 )
 
 BACKWARD_DKV = (
-    Row(              90,   2,   64, Launch(     64,     64,     8,      2)),
-    Row(              90,   2,  128, Launch(     32,     64,     8,      2), spills=16),
+    Row(              90,   2,   64, Launch(     64,     64,     8,      2), spills=24),
+    Row(              90,   2,  128, Launch(     32,     64,     8,      2), spills=24),
     Row(              90,   2,  256, Launch(     32,     32,     8,      2), spills=24),
     Row(              90,   4,   64, Launch(     16,     32,     4,      2), spills=8),
     Row(              90,   4,  128, Launch(     16,     32,     8,      1), "ieee", 8),

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
 
 from sparseattn.kernels.launch import IndexLists
+from sparseattn.ops import block_sparse_attention_flops as flops
 from sparseattn.ops.blocked import block_sparse_attention as blocked
 from sparseattn.ops.blocked.plan import Problem
 from sparseattn.ops.blocked.plan import accumulate_dtype as wide_dtype
@@ -49,6 +49,8 @@ def apply(
     rows = _flat(mask.rows, mask.partial_rows)
     columns = _flat(mask.columns, mask.partial_columns)
     options = (mask.token_bits, *mask.block_size, scale, impl)
+    if not torch.compiler.is_compiling():
+        flops.register()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _BlockSparseAttention.apply(*inputs, *rows, *columns, *options)
     return torch.ops.sparseattn.block_sparse_attention.default(*inputs, *rows, *options)
@@ -149,28 +151,3 @@ torch.library.register_fake("sparseattn::block_sparse_attention", _forward_fake,
 torch.library.register_fake(
     "sparseattn::block_sparse_attention_backward", _backward_fake, lib=_library
 )
-
-
-def _flops(q_shape: Any, rows_shape: Any, partial_shape: Any, block_q: int, block_k: int) -> int:
-    """2 products of 2 * D operations per pair, over all the blocks that the lists can hold."""
-    batch, heads, _, head_dim = q_shape
-    blocks = rows_shape[2] + (0 if partial_shape is None else partial_shape[2])
-    return 4 * head_dim * batch * heads * blocks * block_q * block_k
-
-
-@register_flop_formula(torch.ops.sparseattn.block_sparse_attention)
-def _forward_flops(
-    q: Any, k: Any, v: Any, bias: Any, gate: Any, row_offsets: Any, rows: Any,
-    partial_offsets: Any, partial_rows: Any, slots: Any, bits: Any, block_q: int, block_k: int,
-    *args: Any, **kwargs: Any,
-) -> int:  # fmt: skip
-    return _flops(q, rows, partial_rows, block_q, block_k)
-
-
-@register_flop_formula(torch.ops.sparseattn.block_sparse_attention_backward)
-def _backward_flops(
-    dout: Any, dlse: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, bias: Any, gate: Any,
-    row_offsets: Any, rows: Any, partial_offsets: Any, partial_rows: Any, *args: Any, **kwargs: Any,
-) -> int:  # fmt: skip
-    block_q, block_k = args[7], args[8]
-    return _flops(q, rows, partial_rows, block_q, block_k) * 5 // 2

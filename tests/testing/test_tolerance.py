@@ -97,7 +97,7 @@ def test_wrong_shape_fails_and_a_useless_reference_is_an_error():
     for bad in (math.nan, math.inf):
         broken = naive.clone()
         broken[5] = bad
-        with pytest.raises(ValueError, match="naive reference|gives NaN"):
+        with pytest.raises(ValueError, match=r"naive reference|gives NaN"):
             judge("x", naive, broken, truth)
     with pytest.raises(ValueError, match="gives NaN"):
         judge("x", naive, naive, truth * math.nan)
@@ -146,7 +146,7 @@ BASE = Spec(197, heads=2, key_heads=2, mask="mixed", key_bias="shared", block_ga
 SPECS = {
     "n65": replace(BASE, q_len=65),
     "n197": BASE,
-    "n577": replace(BASE, q_len=577, head_dim=64),
+    "n577": replace(BASE, q_len=577, heads=2),
     "input-4": replace(BASE, q_len=65, input_scale=4.0),
     "input-tenth": replace(BASE, q_len=65, input_scale=0.1),
 }
@@ -167,8 +167,10 @@ def without_one_block(inputs):
 
 
 def with_one_pair_more(inputs):
+    """A wrong bit of a partial block, where it matters: a hidden pair of large weight."""
     tokens = inputs.mask.to_dense().clone()
-    tokens[0, 0].view(-1)[(~tokens[0, 0]).view(-1).nonzero()[0]] = True
+    logits = (inputs.q.float() @ inputs.k.float().mT)[0, :1].masked_fill(tokens[0], -math.inf)
+    tokens[0].view(-1)[logits.argmax()] = True
     return replace(inputs, mask=BlockMask.from_token_mask(tokens, inputs.mask.block_size))
 
 
@@ -201,21 +203,6 @@ INPUT_FAULTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", SPECS)
-def test_wrong_computations_are_caught(case, dtype):
-    inputs = make(SPECS[case], dtype)
-    wide = inputs.to(torch.float64)
-    truth, naive = run(REFERENCE, wide), run(REFERENCE, inputs)
-    sizes = magnitudes(wide, truth)
-    missed = []
-    for fault in INPUT_FAULTS:
-        result = run(REFERENCE, fault(inputs))
-        if all(judge(n, result[n], naive[n], truth[n], sizes[n]).passed for n in truth):
-            missed.append(fault.__name__)
-    assert missed == []
-
-
 def scaled_twice(result, inputs):
     return {"dq": result["dq"] * inputs.q.shape[3] ** -0.5}
 
@@ -226,9 +213,9 @@ def one_row_left_out(result, inputs):
     return {"out": out}
 
 
-def last_key_row_left_as_it_was(result, inputs):
+def last_keys_left_as_they_were(result, inputs):
     dv = result["dv"].clone()
-    dv[:, :, -1] = 0
+    dv[:, :, -32:] = 0
     return {"dv": dv}
 
 
@@ -241,8 +228,9 @@ def bias_gradient_of_one_head(result, inputs):
 
 
 def gate_gradient_of_one_tile_missing(result, inputs):
+    """Half of a block's sum, that of the largest."""
     gate = result["dblock_gate"].clone()
-    gate[0, 0, 0, 0] *= 0.75
+    gate.view(-1)[gate.abs().argmax()] /= 2
     return {"dblock_gate": gate}
 
 
@@ -259,22 +247,29 @@ def one_nan(result, inputs):
 
 
 RESULT_FAULTS = [
-    scaled_twice, one_row_left_out, last_key_row_left_as_it_was, lse_in_base_2,
+    scaled_twice, one_row_left_out, last_keys_left_as_they_were, lse_in_base_2,
     bias_gradient_of_one_head, gate_gradient_of_one_tile_missing, delta_left_out, one_nan,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", SPECS)
-def test_wrong_results_are_caught(case, dtype):
+def test_injected_faults_are_caught(case, dtype):
     inputs = make(SPECS[case], dtype)
     wide = inputs.to(torch.float64)
     truth, naive = run(REFERENCE, wide), run(REFERENCE, inputs)
+    naive["lse"] = run(REFERENCE, inputs.to(torch.float32))["lse"]  # as exact_lse does
     sizes = magnitudes(wide, truth)
-    for fault in RESULT_FAULTS:
-        ((name, wrong),) = fault(naive, inputs).items()
-        judgement = judge(name, wrong, naive[name], truth[name], sizes[name])
-        assert not judgement.passed, f"{fault.__name__} passes as {judgement}"
+
+    def passes(result):
+        return all(
+            judge(n, value, naive[n], truth[n], sizes[n]).passed for n, value in result.items()
+        )
+
+    assert passes(naive)
+    missed = [f.__name__ for f in INPUT_FAULTS if passes(run(REFERENCE, f(inputs)))]
+    missed += [f.__name__ for f in RESULT_FAULTS if passes(f(naive, inputs))]
+    assert missed == []
 
 
 @pytest.mark.parametrize("bits", [10, 16])
@@ -287,12 +282,10 @@ def test_float32_products_of_rounded_inputs_are_caught(bits):
         return torch.ldexp((mantissa * 2 ** (bits + 1)).round() / 2 ** (bits + 1), exponent)
 
     coarse = replace(inputs, q=rounded(inputs.q), k=rounded(inputs.k), v=rounded(inputs.v))
-    judgements = judge_all(lambda *a, **k: REFERENCE(*a, **k), REFERENCE, inputs)
-    require(*judgements)
     wide = inputs.to(torch.float64)
     truth, naive, result = run(REFERENCE, wide), run(REFERENCE, inputs), run(REFERENCE, coarse)
     sizes = magnitudes(wide, truth)
-    for name in truth:
+    for name in ("out", "lse", "dq", "dk", "dv"):
         assert not judge(name, result[name], naive[name], truth[name], sizes[name]).passed
 
 

@@ -1,0 +1,39 @@
+"""How many operations block-sparse attention takes, for torch.utils.flop_counter."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+_registered = False
+
+
+def register() -> None:
+    """Register the formulas once the counter is loaded; loading it here would load Triton."""
+    global _registered
+    counter = sys.modules.get("torch.utils.flop_counter")
+    if _registered or counter is None:
+        return
+    _registered = True
+    ops = torch.ops.sparseattn
+    counter.register_flop_formula(ops.block_sparse_attention)(_forward)
+    counter.register_flop_formula(ops.block_sparse_attention_backward)(_backward)
+
+
+def _count(q_shape: Any, lists: tuple[Any, Any], block_q: int, block_k: int) -> int:
+    """2 products of 2 * D operations per pair, over all the blocks that the lists can hold."""
+    batch, heads, _, head_dim = q_shape
+    blocks = sum(shape[2] for shape in lists if shape is not None)
+    return int(4 * head_dim * batch * heads * blocks * block_q * block_k)
+
+
+def _forward(*shapes: Any, **_: Any) -> int:
+    # q, k, v, bias, gate, then five row lists, token bits, block_q, block_k
+    return _count(shapes[0], (shapes[6], shapes[8]), shapes[11], shapes[12])
+
+
+def _backward(*shapes: Any, **_: Any) -> int:
+    # dout, dlse, out, lse, then as the forward, with five column lists before the token bits
+    return _count(shapes[4], (shapes[10], shapes[12]), shapes[20], shapes[21]) * 5 // 2
