@@ -34,7 +34,7 @@ def walk_column(
     indices_ptr, slots_ptr = list_at
     bits_ptr, bits_slot_stride, bits_row_stride, key_in_block = bits_at
     TILES: tl.constexpr = MASK_BLOCK_Q // BLOCK_Q
-    CHECKED: tl.constexpr = CHECK_QUERIES or HAS_GATE
+    CHECKED: tl.constexpr = CHECK_QUERIES or HAS_GATE or HAS_BIAS
     for tile in range(first, last):
         entry = tile // TILES
         in_block = (tile % TILES) * BLOCK_Q

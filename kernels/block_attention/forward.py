@@ -31,26 +31,22 @@ from .call import Call
 
 @triton.jit
 def softmax_step(
-    acc0, acc1, m, l, s, shift, v0, v1,
-    scale, MAY_BE_EMPTY: tl.constexpr, IS_SCALED: tl.constexpr, D1: tl.constexpr,
+    acc0, acc1, m, l, s, v0, v1, scale, MASKED: tl.constexpr, D1: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fold one tile of scores into the running output, maximum and sum.
 
-    With IS_SCALED s is final; else the logits are scale * s + shift, and one fused multiply-add
-    takes them to the exponent.
+    With MASKED the logits are s, and a row may have seen nothing yet. Else they are scale * s, and
+    one fused multiply-add takes them to the exponent.
     """
-    if IS_SCALED:
+    if MASKED:
         m_new = tl.maximum(m, tl.max(s, 1))
-    else:
-        m_new = tl.maximum(m, tl.max(s, 1) * scale + shift)
-    m_safe = m_new
-    if MAY_BE_EMPTY:
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    if IS_SCALED:
         p = tl.exp2(s - m_safe[:, None])  # [BLOCK_Q, BLOCK_K]
     else:
-        p = tl.exp2(s * scale - (m_safe - shift)[:, None])
+        m_new = tl.maximum(m, tl.max(s, 1) * scale)
+        m_safe = m_new
+        p = tl.exp2(s * scale - m_safe[:, None])
     fade = tl.exp2(m - m_safe)
     l = l * fade + tl.sum(p, 1)
     acc0 = acc0 * fade[:, None]
@@ -76,6 +72,7 @@ def walk_list(
     bits_ptr, bits_slot_stride, bits_row_stride = bits_at
     TILES: tl.constexpr = MASK_BLOCK_K // BLOCK_K
     CHECKED: tl.constexpr = CHECK_KEYS or HAS_BIAS
+    MASKED: tl.constexpr = CHECKED or HAS_GATE
     for tile in range(first, last):
         entry = tile // TILES
         in_block = (tile % TILES) * BLOCK_K
@@ -92,10 +89,12 @@ def walk_list(
         shift = 0.0
         if HAS_GATE:
             shift = tl.load(gate_ptr + column * gate_stride) * 1.4426950408889634
-        if CHECKED:
+        if MASKED:
             s = s * scale + shift
             if HAS_BIAS:
                 s += bias[None, :] * 1.4426950408889634
+            if HAS_GATE:  # a block whose gate is -inf is hidden, even from a query that is NaN
+                key_ok &= tl.zeros([BLOCK_K], tl.float32) + shift != float("-inf")
             visible = tl.broadcast_to(key_ok[None, :], [BLOCK_Q, BLOCK_K])
             if IS_PARTIAL:
                 bits = bits_ptr + tl.load(slots_ptr + entry).to(tl.int64) * bits_slot_stride
@@ -104,8 +103,7 @@ def walk_list(
                 )
             s = tl.where(visible, s, float("-inf"))
         acc0, acc1, m, l = softmax_step(
-            acc0, acc1, m, l, s, shift, v0, v1,
-            scale, CHECKED or HAS_GATE, CHECKED, D1, PRECISION,
+            acc0, acc1, m, l, s, v0, v1, scale, MASKED, D1, PRECISION
         )  # fmt: skip
     return acc0, acc1, m, l
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.testing.inputs import AttentionInputs, spread_gate, visible_pairs
-from sparseattn.testing.tolerance import Judgement, judge, require
+from sparseattn.testing.tolerance import Judgement, judge, require, sum_dtype
 
 Attend = Callable[..., Any]
 
@@ -43,7 +43,7 @@ def judge_all(
     truth, naive, result = run(reference, wide), run(reference, inputs), run(attend, inputs)
     if exact_lse and inputs.q.dtype in (torch.float16, torch.bfloat16):
         naive["lse"] = run(reference, inputs.to(torch.float32))["lse"]
-    sizes = magnitudes(wide, truth)
+    sizes = magnitudes(wide, truth, inputs.q.dtype)
     judgements = [judge(n, result[n], naive[n], truth[n], sizes[n]) for n in truth]
     return [*judgements, _kinds(result, inputs)]
 
@@ -55,13 +55,17 @@ def check(
     require(*judge_all(attend, reference, inputs, exact_lse))
 
 
-def magnitudes(inputs: AttentionInputs, truth: dict[str, Tensor]) -> dict[str, Tensor]:
+def magnitudes(
+    inputs: AttentionInputs, truth: dict[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
     """Return for each result the size of the terms it is summed of, in float64.
 
     A logit that is off by e makes its weight p off by e * p, so a term in p counts with the sizes
     of its logit and of lse too, and ds = p * (dp - delta) with those of dp and delta. Roundings of
     the terms are independent: their squares are summed. Those of lse may agree, since lse may be
-    the same in every row: they are summed with the signs of the terms. inputs: in float64.
+    the same in every row: they are summed with the signs of the terms.
+
+    inputs: in float64. dtype: in which the op is called, and keeps out for its backward.
     """
     x = inputs
     group = x.q.shape[1] // max(1, x.k.shape[1])
@@ -95,6 +99,7 @@ def magnitudes(inputs: AttentionInputs, truth: dict[str, Tensor]) -> dict[str, T
         squares["dkey_bias"] = _shared(ds2.sum(2) + agreeing.sum(2) ** 2, x.key_bias)
     if x.block_gate is not None:
         sums2 = _block_sums(ds2, x) + _block_sums(agreeing, x) ** 2
+        sums2 = sums2 + _rounded_out(p, dout**2, v**2, truth["out"], dtype, x)
         squares["dblock_gate"] = _shared(sums2, x.block_gate)
     return {name: square.sqrt() for name, square in squares.items()}
 
@@ -115,6 +120,26 @@ def _weights(
     peak = lse.masked_fill(lse == -math.inf, 0.0)[..., None]
     weights = (logits - peak).masked_fill(~visible, -math.inf).exp()
     return visible, weights, size2.masked_fill(~visible, 0)
+
+
+def _rounded_out(
+    p: Tensor, dout2: Tensor, v2: Tensor, out: Tensor, dtype: torch.dtype, inputs: AttentionInputs
+) -> Tensor:
+    """Return the squared size of what the rounding of out to `dtype` does to dblock_gate.
+
+    The backward is given out in the dtype of q, and delta = do.o is off by that. It takes delta
+    from every term of a row: in the sum over a row, where ds itself cancels, this remains. In
+    units of the roundings of sums; a rounding of at most u has a square of u * u / 3 on average.
+    """
+    ratio = torch.finfo(dtype).eps / torch.finfo(sum_dtype(dtype)).eps
+    delta2 = (dout2 * (out**2 + p**2 @ v2)).sum(-1)
+    block_k = inputs.mask.block_size[1]
+    padded = torch.nn.functional.pad(p, (0, -p.shape[3] % block_k))
+    shares = padded.unflatten(3, (-1, block_k)).sum(4)  # [B, H, Nq, C]
+    spread = shares**2 * delta2[..., None] * (ratio**2 / 3)
+    spare = -spread.shape[2] % inputs.mask.block_size[0]
+    rows = torch.nn.functional.pad(spread, (0, 0, 0, spare))
+    return rows.unflatten(2, (-1, inputs.mask.block_size[0])).sum(3)
 
 
 def _block_sums(pairs: Tensor, inputs: AttentionInputs) -> Tensor:

@@ -147,7 +147,7 @@ def test_disjoint_capacities_do_not_lose_entries():
     combined(operator.or_, left, exact)
 
 
-@settings(deadline=None, derandomize=True, max_examples=40)
+@settings(deadline=None, derandomize=True, max_examples=25)
 @given(
     lengths=st.tuples(st.integers(0, 100), st.integers(0, 100)),
     size=st.sampled_from([(16, 16), (32, 16), (48, 80), (256, 32)]),

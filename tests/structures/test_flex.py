@@ -108,7 +108,7 @@ def meaning(flex, batch, heads):
 @pytest.mark.parametrize("block_size", SIZES, ids=str)
 @pytest.mark.parametrize(("mod", "batch", "heads"), MODS, ids=MOD_IDS)
 def test_from_flex_means_its_mask_mod(mod, batch, heads, block_size):
-    for q_len, k_len in ((70, 90), (128, 128), (1, 200), (197, 63)):
+    for q_len, k_len in ((70, 90), (1, 128), (197, 63)):
         flex = create_block_mask(mod, batch, heads, q_len, k_len, "cpu", BLOCK_SIZE=block_size)
         mask = BlockMask.from_flex(flex)
         mask.validate()

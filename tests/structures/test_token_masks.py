@@ -63,7 +63,7 @@ def bits_past_the_end(mask, block_size):
 @pytest.mark.parametrize("block_size", SIZES, ids=str)
 @pytest.mark.parametrize(("q_len", "k_len"), LENGTHS)
 def test_means_its_tokens(q_len, k_len, block_size):
-    for batch, heads in SHARED:
+    for batch, heads in [(1, 1), (2, 3)]:
         keep = mixed(batch, heads, q_len, k_len, block_size)
         mask = BlockMask.from_token_mask(keep, block_size)
         check(keep, mask, block_size)
@@ -152,7 +152,7 @@ def test_key_form_of_any_strides():
     assert torch.equal(mask.to_dense(), keep[:, None, None].expand(3, 1, 50, 50))
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(deadline=None, derandomize=True, max_examples=40)
 @given(
     lengths=st.tuples(st.integers(0, 150), st.integers(0, 150)),
     size=st.tuples(st.integers(1, 16), st.integers(1, 16)).map(lambda p: (16 * p[0], 16 * p[1])),

@@ -134,7 +134,7 @@ def test_floor_is_of_the_size_of_the_naive_error(dtype):
     inputs = make(Spec(197, head_dim=64, mask="mixed", key_bias="shared"), dtype)
     wide = inputs.to(torch.float64)
     truth, naive = run(REFERENCE, wide), run(REFERENCE, inputs)
-    sizes = magnitudes(wide, truth)
+    sizes = magnitudes(wide, truth, inputs.q.dtype)
     for name, value in truth.items():
         error = (naive[name].double() - value).abs().mean()
         assert rounding_floor(value, naive[name].dtype, sizes[name]).mean() < 12 * error
@@ -259,7 +259,7 @@ def test_injected_faults_are_caught(case, dtype):
     wide = inputs.to(torch.float64)
     truth, naive = run(REFERENCE, wide), run(REFERENCE, inputs)
     naive["lse"] = run(REFERENCE, inputs.to(torch.float32))["lse"]  # as exact_lse does
-    sizes = magnitudes(wide, truth)
+    sizes = magnitudes(wide, truth, inputs.q.dtype)
 
     def passes(result):
         return all(
@@ -284,7 +284,7 @@ def test_float32_products_of_rounded_inputs_are_caught(bits):
     coarse = replace(inputs, q=rounded(inputs.q), k=rounded(inputs.k), v=rounded(inputs.v))
     wide = inputs.to(torch.float64)
     truth, naive, result = run(REFERENCE, wide), run(REFERENCE, inputs), run(REFERENCE, coarse)
-    sizes = magnitudes(wide, truth)
+    sizes = magnitudes(wide, truth, inputs.q.dtype)
     for name in ("out", "lse", "dq", "dk", "dv"):
         assert not judge(name, result[name], naive[name], truth[name], sizes[name]).passed
 

@@ -20,7 +20,6 @@ from sparseattn.structures import token_bits as bits_of
 _FUSED_KEYS = 8192
 _FORWARD_KEYS = 4096
 _BACKWARD_KEYS = 3072
-_DELTA_BLOCKS = 64
 
 _fused_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -71,20 +70,15 @@ def backward(
         block_k = problem.block_size[1]
         tables = [plan.block_table(t, slab, block_k) for t in (k, v)]
         sums = [plan.sum_table(t, slab, block_k) for t in (dk, dv)]
-        q_table, dout_table, out_table, lse_table, dq_table = (
-            plan.query_table(t, slab, problem) for t in (q, dout, out, lse, dq)
-        )
-        delta_table = _delta(dout_table, out_table)
-        if dlse is not None:
-            delta_table -= plan.query_table(dlse, slab, problem)
-        per_query = [q_table, dout_table, lse_table, delta_table, dq_table]
+        per_query = [plan.query_table(t, slab, problem) for t in (q, dout, lse, dq)]
+        dlse_table = None if dlse is None else plan.query_table(dlse, slab, problem)
         for chunk in plan.chunks(problem, slab, _BACKWARD_KEYS):
-            ds = _backward_chunk(problem, chunk, tables, sums, per_query)
+            ds = _backward_chunk(problem, chunk, tables, sums, per_query, dlse_table)
             if dbias is not None:
                 _add_bias_gradient(dbias, ds, chunk)
             if dgate is not None:
                 _add_gate_gradient(dgate, ds, chunk)
-        plan.write_back(dq, per_query[4], slab, problem)
+        plan.write_back(dq, per_query[3], slab, problem)
         sums[0] *= problem.scale
         for gradient, total in zip((dk, dv), sums, strict=True):
             plan.store_sum(gradient, total, slab)
@@ -99,17 +93,17 @@ def _backward_chunk(
     tables: list[Tensor],
     sums: list[Tensor],
     per_query: list[Tensor],
+    dlse_table: Tensor | None,
 ) -> Tensor:
     """Add one chunk's share to dq, dk / scale and dv; return its ds [n, block_q, e, block_k]."""
     wide = plan.accumulate_dtype(problem.q.dtype)
     keys, values = (plan.gather(table, chunk.ids) for table in tables)
     bias = _chunk_bias(problem, chunk, keys, values)
-    queries, douts, lse, delta = (plan.take(table, chunk) for table in per_query[:4])
-    lse, delta = lse[..., None], delta[..., None]
+    queries, douts, lse = (plan.take(table, chunk) for table in per_query[:3])
+    lse = lse[..., None]
     if bias is not None:  # a query that sees nothing weighs nothing, whatever it holds
         empty = lse == -math.inf
         queries, douts = queries.masked_fill(empty, 0), douts.masked_fill(empty, 0)
-        delta = delta.masked_fill(empty, 0)
         lse = lse.masked_fill(empty, math.inf)
     # products under the exponent are made in full precision: a rounded one would not cancel lse
     logits = torch.bmm(queries.to(wide) * problem.scale, keys.to(wide).mT)  # [n, bq, e * bk]
@@ -120,23 +114,19 @@ def _backward_chunk(
     _add_blocks(sums[1], ids, torch.bmm(p.to(douts.dtype).mT, douts))
     dp = torch.bmm(douts, values.mT)
     del values
-    ds = dp.sub_(delta).mul_(p) if dp.dtype == wide else (dp - delta).mul_(p)
+    ds = dp.mul_(p) if dp.dtype == wide else dp * p
+    # delta is summed from the very p and dp it is taken from, so that what cancels does cancel
+    delta = ds.sum(-1, keepdim=True)
+    if dlse_table is not None:
+        dlse = plan.take(dlse_table, chunk)[..., None]
+        delta -= dlse if bias is None else dlse.masked_fill(empty, 0)
+    ds.addcmul_(p, delta, value=-1)
     del dp, p, logits
     narrow = ds.to(queries.dtype)
-    plan.put(per_query[4], chunk, torch.bmm(narrow, keys).mul_(problem.scale))
+    plan.put(per_query[3], chunk, torch.bmm(narrow, keys).mul_(problem.scale))
     del keys
     _add_blocks(sums[0], ids, torch.bmm(narrow.mT, queries))
     return ds.unflatten(2, (-1, problem.block_size[1]))
-
-
-def _delta(douts: Tensor, outs: Tensor) -> Tensor:
-    """Return do . o of a table's queries in the accumulation dtype, [blocks, bq]."""
-    wide = plan.accumulate_dtype(outs.dtype)
-    delta = outs.new_empty(outs.shape[:2], dtype=wide)
-    for part in range(0, len(outs), _DELTA_BLOCKS):  # in parts: no float32 copy of the whole
-        at = slice(part, part + _DELTA_BLOCKS)
-        delta[at] = (douts[at].to(wide) * outs[at].to(wide)).sum(-1)
-    return delta
 
 
 def _add_blocks(total: Tensor, ids: Tensor, part: Tensor) -> None:
@@ -148,6 +138,8 @@ def _attend(
     queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Dense attention of [n, bq, D] over [n, keys, D]: o [n, bq, D] and lse [n, bq]."""
+    if bias is not None:  # what a query that sees nothing holds, even NaN, reaches nobody
+        queries = queries.masked_fill((bias == -math.inf).all(-1, keepdim=True), 0)
     if _is_fused(queries):
         mask = None if bias is None else bias[:, None]
         heads = (queries[:, None], keys[:, None], values[:, None])
