@@ -12,12 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_LONGEST = 80  # characters of a value that an error repeats
+
 
 def describe(value: Any) -> str:
-    """Say what a value is: a tensor's shape, else its type and itself."""
+    """Say what a value is, in one short line: a tensor's shape, else itself and its type."""
     if isinstance(value, Tensor):
         return f"has shape {list(value.shape)}"
-    return f"is {value!r} ({type(value).__name__})"
+    text = " ".join(repr(value).split())
+    if len(text) > _LONGEST:
+        text = text[:_LONGEST] + "..."
+    return f"is {text} ({type(value).__name__})"
 
 
 class Shapes:

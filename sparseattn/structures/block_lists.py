@@ -96,19 +96,26 @@ def _allocate(blocks: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Te
 
 def _block_lists_host(blocks: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lists = _allocate(blocks, capacity)
-    for direction, grid in enumerate((blocks, blocks.mT)):
-        offsets, indices = (t.numpy() for t in lists[2 * direction : 2 * direction + 2])
-        kept_blocks = grid.contiguous().numpy()
-        offsets[..., 0] = 0
-        counts = kept_blocks.view(np.uint8).sum(-1, dtype=np.int32)
-        np.cumsum(counts, axis=-1, out=offsets[..., 1:])
-        for head in np.ndindex(kept_blocks.shape[:2]):
-            kept = np.flatnonzero(kept_blocks[head]).astype(np.int32)[:capacity]
-            if kept_blocks.shape[3]:
-                kept %= np.int32(kept_blocks.shape[3])
-            indices[head][: kept.size] = kept
-            indices[head][kept.size :] = PAD_INDEX
+    arrays = [tensor.numpy() for tensor in lists]
+    grids = blocks.numpy()
+    for head in np.ndindex(grids.shape[:2]):  # one head at a time stays in cache
+        _write_lists(np.ascontiguousarray(grids[head]), arrays[0][head], arrays[1][head])
+        _write_lists(np.ascontiguousarray(grids[head].T), arrays[2][head], arrays[3][head])
     return lists
+
+
+def _write_lists(grid: np.ndarray, offsets: np.ndarray, indices: np.ndarray) -> None:
+    """Fill the offsets and indices of one head's lines."""
+    width = grid.shape[1]
+    offsets[0] = 0
+    np.cumsum(grid.view(np.uint8).sum(1, dtype=np.int32), out=offsets[1:])
+    kept = np.flatnonzero(grid)[: indices.size].astype(np.int32)
+    if width & (width - 1):
+        kept %= np.int32(width)
+    else:  # a power of two, as grids often are: the remainder is a mask of bits
+        kept &= np.int32(max(width, 1) - 1)
+    indices[: kept.size] = kept
+    indices[kept.size :] = PAD_INDEX
 
 
 def _block_lists_cuda(blocks: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -52,7 +52,9 @@ class BlockMask:
     token_bits: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_geometry(self.q_len, self.k_len, self.block_size)
+        pair = check_geometry(self.q_len, self.k_len, self.block_size)
+        if not isinstance(self.block_size, tuple):
+            object.__setattr__(self, "block_size", pair)
         partial = (self.partial_rows, self.partial_columns, self.token_bits)
         if any(part is None for part in partial) and any(part is not None for part in partial):
             raise ValueError(
@@ -275,7 +277,8 @@ class BlockMask:
 
     def to(self, device: torch.device | str) -> BlockMask:
         """Return the mask with every tensor on `device`."""
-        return self.map(lambda tensor: tensor.to(device))
+        target = torch.device(device)
+        return self.map(lambda tensor: tensor.to(target))
 
     def map(self, move: Callable[[Tensor], Tensor]) -> BlockMask:
         """Return the mask with every tensor passed through `move`."""
@@ -328,7 +331,8 @@ def keep_count(keep: Any, num_columns: int) -> int:
     if isinstance(keep, float):
         if not 0 < keep <= 1:
             raise ValueError(f"{_OP}: keep is {keep}; expected {rule}")
-        return math.ceil(keep * num_columns)
+        # 0.28 of 25 blocks is 7, although 0.28 * 25 comes to a little more
+        return math.ceil(round(keep * num_columns, 9))
     if keep < 0:
         raise ValueError(f"{_OP}: keep is {keep}; expected {rule}")
     return keep if keep < num_columns else num_columns  # type: ignore[return-value]

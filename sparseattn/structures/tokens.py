@@ -27,7 +27,8 @@ def from_token_mask(keep: Any, block_size: Any, q_len: int | None) -> BlockMask:
         return _from_key_mask(keep, geometry, q_len)
     if q_len is not None:
         raise ValueError(f"{_OP}: q_len is {q_len}; expected None, since keep has its own Nq")
-    checks.Shapes(_OP).bind("keep", keep, "B H Nq Nk")
+    if keep.dim() != 4:
+        raise ValueError(f"{_OP}: keep {checks.describe(keep)}; expected [B, H, Nq, Nk] or [B, Nk]")
     geometry = check_geometry(keep.shape[2], keep.shape[3], block_size)
     block_q, block_k = geometry
     tokens = _pad_to_blocks(_pad_to_blocks(keep, 3, block_k), 2, block_q)
@@ -105,9 +106,18 @@ def visible_pairs(mask: BlockMask) -> Tensor:
     pairs = (states == FULL_BLOCK) * (q_sizes[:, None] * k_sizes)
     if mask.token_bits is None:
         return pairs
-    rows_in = torch.arange(mask.block_size[0], device=mask.device) < q_sizes[:, None]  # [R, bq]
-    counts = bits_of.popcount(bits_of.fetch(mask.token_bits, states)).sum(-1)  # [B, H, R, C, bq]
-    return pairs + (counts * rows_in[:, None]).sum(-1, dtype=torch.int32)
+    if mask.token_bits.shape[2] == 0:
+        return pairs
+    counts = bits_of.popcount(mask.token_bits).sum(-1)  # [B, H, slots, bq]
+    last = int(mask.q_len - (mask.num_q_blocks - 1) * mask.block_size[0])
+    shape = (*states.shape[:2], counts.shape[2])
+    slots = states.clamp(min=0).long()
+    whole, ragged = (
+        counts[..., :rows].sum(-1, dtype=torch.int32).expand(shape) for rows in (None, last)
+    )
+    shown = whole.gather(2, slots.flatten(2)).view(states.shape)
+    shown[:, :, -1] = ragged.gather(2, slots[:, :, -1])
+    return pairs + shown * (states >= 0)
 
 
 def _entry_words(mask: BlockMask, states: Tensor, place: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparseattn.structures import token_bits as bits_of
 from sparseattn.structures.block_lists import BlockLists
 from sparseattn.structures.block_mask import BlockMask
 
@@ -30,12 +31,18 @@ def validate(mask: BlockMask) -> None:
             not bool((grids[0] & grids[1]).any()),
             "partial_rows lists a block that rows lists too; expected each block once",
         )
+        _check_bits(mask)
         _check_slots(mask)
 
 
 def _grid(name: str, lists: BlockLists, num_lines: int, num_ids: int) -> Tensor:
     """Check one list; return its blocks as bool [B, H, L, ids]."""
     offsets, indices = lists.offsets, lists.indices
+    for part, tensor in (("offsets", offsets), ("indices", indices), ("slots", lists.slots)):
+        if tensor is not None and tensor.dtype != torch.int32:
+            raise TypeError(
+                f"BlockMask: {name}.{part} has dtype {tensor.dtype}; expected torch.int32"
+            )
     _require(
         lists.num_lines == num_lines, f"{name} has {lists.num_lines} lines; expected {num_lines}"
     )
@@ -59,6 +66,22 @@ def _grid(name: str, lists: BlockLists, num_lines: int, num_ids: int) -> Tensor:
     place = torch.where(used, lines.long() * num_ids + indices, spare)
     flat = torch.zeros((*offsets.shape[:2], spare + 1), dtype=torch.bool, device=offsets.device)
     return flat.scatter(2, place, True)[..., :spare].unflatten(2, (num_lines, num_ids))
+
+
+def _check_bits(mask: BlockMask) -> None:
+    """Token bits have one row per query of a block, and none for keys that do not exist."""
+    bits = mask.token_bits
+    if bits is None:
+        raise ValueError("BlockMask: token_bits is None; expected a tensor")
+    block_q, block_k = mask.block_size
+    words = bits_of.words_per_row(block_k)
+    fits = bits.dim() == 5 and tuple(bits.shape[3:]) == (block_q, words)
+    fits = fits and bits.shape[0] in (1, mask.batch) and bits.shape[1] in (1, mask.heads)
+    _require(
+        fits,
+        f"token_bits has shape {list(bits.shape)}; expected [B, H, slots, {block_q}, {words}], "
+        f"B={mask.batch}, H={mask.heads} (from rows)",
+    )
 
 
 def _check_slots(mask: BlockMask) -> None:

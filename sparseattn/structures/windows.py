@@ -56,15 +56,17 @@ def window(shape: Any, radius: Any, block_size: Any, prefix: Any) -> BlockMask:
 
 def _axes(shape: Any, radius: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     grid = (shape,) if isinstance(shape, int) else shape
-    if not isinstance(grid, (tuple, list)) or not 1 <= len(grid) <= 3:
-        rule = "an int or a tuple of one to three ints"
+    rule = "an int or a tuple of one to three ints"
+    if not isinstance(grid, (tuple, list)):
         raise TypeError(f"{_OP}: shape {checks.describe(shape)}; expected {rule}")
+    if not 1 <= len(grid) <= 3:
+        raise ValueError(f"{_OP}: shape {checks.describe(shape)}; expected {rule}")
     reach = (radius,) * len(grid) if isinstance(radius, int) else radius
-    if not isinstance(reach, (tuple, list)) or len(reach) != len(grid):
-        raise ValueError(
-            f"{_OP}: radius {checks.describe(radius)}; expected an int or one int per axis, "
-            f"axes={len(grid)} (from shape)"
-        )
+    rule = f"an int or one int per axis, axes={len(grid)} (from shape)"
+    if not isinstance(reach, (tuple, list)):
+        raise TypeError(f"{_OP}: radius {checks.describe(radius)}; expected {rule}")
+    if len(reach) != len(grid):
+        raise ValueError(f"{_OP}: radius {checks.describe(radius)}; expected {rule}")
     for size in grid:
         checks.require_int(_OP, "shape", size, low=0)
     for size in reach:
@@ -106,6 +108,8 @@ def _visible(
     prefix: int,
 ) -> np.ndarray:
     """Return bool [queries, keys]: within reach along every axis, or one of them in the prefix."""
+    if 0 in grid:  # there are only prefix tokens
+        return np.ones((len(queries), len(keys)), dtype=bool)
     q_places = np.unravel_index(np.maximum(queries - prefix, 0), grid)
     k_places = np.unravel_index(np.maximum(keys - prefix, 0), grid)
     visible = np.ones((len(queries), len(keys)), dtype=bool)

@@ -120,9 +120,15 @@ def test_torch_path(case, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", ["one-token", "n65"])
 def test_torch_path_has_a_float32_lse_in_half_precision(case, dtype):
-    # not only its dtype: lse chains ops, where an error in it grows with its exponential
-    judgements = judge_all(TORCH, REFERENCE, make(CASES[case], dtype), exact_lse=True)
-    require(*(judgement for judgement in judgements if judgement.name == "lse"))
+    # torch's fused attention takes a fast exponential in 16 bits, exact to about 2**-15: far finer
+    # than the dtype, though not as fine as float32
+    inputs = make(CASES[case], dtype)
+    lse = block_sparse_attention(inputs.q, inputs.k, inputs.v, inputs.mask, return_lse=True)[1]
+    wide = inputs.to(torch.float64)
+    truth = run(REFERENCE, wide)["lse"]
+    seen = truth.isfinite()
+    assert lse.dtype == torch.float32
+    assert (lse.double() - truth)[seen].abs().max() <= 2**-14 * truth[seen].abs().max()
 
 
 @pytest.mark.parametrize("case", TRITON_CASES)
@@ -136,7 +142,7 @@ def test_triton_path_in_float16(case):
     check(TRITON, REFERENCE, inputs, exact_lse=True)
 
 
-@pytest.mark.parametrize("case", ["n65", "everything"])
+@pytest.mark.parametrize("case", ["n65", "d72", "gqa"])
 def test_triton_path_in_bfloat16(case):
     # the interpreter's own bfloat16 arithmetic is wrong; the launcher raises inputs to float32
     inputs = make(CASES[case], torch.bfloat16, TRITON_DEVICE)
