@@ -33,7 +33,9 @@ def pack(keep: Tensor) -> Tensor:
 
 def unpack(bits: Tensor, block_k: int) -> Tensor:
     """Unpack int32 [..., words] into bool [..., block_k]."""
-    octets = bits.contiguous().view(torch.uint8)
+    if bits.stride(-1) != 1 or not bits.is_contiguous():
+        bits = bits.clone(memory_format=torch.contiguous_format)
+    octets = bits.view(torch.uint8)
     place = torch.arange(8, dtype=torch.uint8, device=bits.device)
     keep = (octets[..., None] >> place) & 1
     return keep.flatten(-2)[..., :block_k].view(torch.bool)

@@ -106,7 +106,7 @@ def visible_pairs(mask: BlockMask) -> Tensor:
     pairs = (states == FULL_BLOCK) * (q_sizes[:, None] * k_sizes)
     if mask.token_bits is None:
         return pairs
-    if mask.token_bits.shape[2] == 0:
+    if mask.token_bits.shape[2] == 0 or pairs.numel() == 0:
         return pairs
     counts = bits_of.popcount(mask.token_bits).sum(-1)  # [B, H, slots, bq]
     last = int(mask.q_len - (mask.num_q_blocks - 1) * mask.block_size[0])

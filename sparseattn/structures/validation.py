@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparseattn.constants import BITS_PER_WORD
 from sparseattn.structures import token_bits as bits_of
 from sparseattn.structures.block_lists import BlockLists
 from sparseattn.structures.block_mask import BlockMask
@@ -81,6 +82,19 @@ def _check_bits(mask: BlockMask) -> None:
         fits,
         f"token_bits has shape {list(bits.shape)}; expected [B, H, slots, {block_q}, {words}], "
         f"B={mask.batch}, H={mask.heads} (from rows)",
+    )
+    columns = mask.partial_columns
+    spare = bits_of.unpack(bits, words * BITS_PER_WORD)[..., block_k:].any()
+    if columns is not None and columns.slots is not None and mask.k_len % block_k:
+        in_last = columns.lines() == mask.num_k_blocks - 1
+        slots = columns.slots.clamp(0, max(0, bits.shape[2] - 1)).long()
+        pool = bits.expand(mask.batch, mask.heads, *bits.shape[2:])
+        batch, head, entry = in_last.nonzero(as_tuple=True)
+        last = bits_of.unpack(pool[batch, head, slots[batch, head, entry]], block_k)
+        spare = spare | last[..., mask.k_len % block_k :].any()
+    _require(
+        not bool(spare),
+        "token_bits shows a key past the end of its block; expected zero bits there",
     )
 
 

@@ -194,22 +194,50 @@ BUSY = Spec(
 )  # fmt: skip
 
 
+FULL = Spec(130, batch=2, heads=2, mask="all", poison_keys=False, use="out")  # a path of its own
+SPECS = [pytest.param(BUSY, id="busy"), pytest.param(FULL, id="full")]
+
+
 @pytest.mark.parametrize("impl", IMPLS)
-def test_two_equal_runs_give_equal_bits(impl):
-    attend, inputs = partial(block_sparse_attention, impl=impl), make(BUSY, device=DEVICES[impl])
+@pytest.mark.parametrize("spec", SPECS)
+def test_two_equal_runs_give_equal_bits(spec, impl):
+    attend, inputs = partial(block_sparse_attention, impl=impl), make(spec, device=DEVICES[impl])
     first, second = run(attend, inputs), run(attend, inputs)
     assert all(equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("other", ["values", "nan"])
-def test_a_sample_does_not_depend_on_its_batch_mates(other, impl):
-    attend, inputs = partial(block_sparse_attention, impl=impl), make(BUSY, device=DEVICES[impl])
+@pytest.mark.parametrize(
+    ("spec", "other"),
+    [(BUSY, "values"), (BUSY, "nan"), (FULL, "nan")],
+    ids=["values", "nan", "full-nan"],
+)
+def test_a_sample_does_not_depend_on_its_batch_mates(spec, other, impl):
+    attend, inputs = partial(block_sparse_attention, impl=impl), make(spec, device=DEVICES[impl])
     names = ("q", "k", "v", "key_bias", "block_gate", "dout", "dlse")
-    changed = {name: getattr(inputs, name).clone() for name in names}
+    given = {name: getattr(inputs, name) for name in names}
+    changed = {name: tensor.clone() for name, tensor in given.items() if tensor is not None}
     for tensor in changed.values():
         tensor[1] = math.nan if other == "nan" else -3 * tensor[1]
     first, second = run(attend, inputs), run(attend, replace(inputs, **changed))
+    assert all(equal(first[name][0], second[name][0]) for name in first)
+    assert not equal(first["out"][1], second["out"][1])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("own", ["full", "sparse"])
+def test_a_sample_does_not_depend_on_the_mask_of_its_batch_mates(own, impl):
+    attend, device = partial(block_sparse_attention, impl=impl), DEVICES[impl]
+    inputs = make(replace(FULL, q_len=200, k_len=200), device=device)
+    mine = torch.ones(4, 4, dtype=torch.bool, device=device)
+    if own == "sparse":
+        mine = mine.triu()
+    results = []
+    for theirs in (torch.ones_like(mine), torch.eye(4, device=device).bool()):
+        blocks = torch.stack((mine, theirs))[:, None]
+        mask = BlockMask.from_dense(blocks, 200, 200)
+        results.append(run(attend, replace(inputs, mask=mask)))
+    first, second = results
     assert all(equal(first[name][0], second[name][0]) for name in first)
     assert not equal(first["out"][1], second["out"][1])
 
