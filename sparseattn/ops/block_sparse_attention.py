@@ -95,7 +95,8 @@ def block_sparse_attention(
     scale = _check_scale(scale, q)
     bias = _fold_key_bias(q, k, key_mask, key_bias)
     gate = _check_gate(block_gate, mask, q, k)
-    chosen = dispatch.choose(_OP, impl, q.device, unsupported(q))
+    asked = impl == "triton" or (impl == "auto" and q.device.type == "cuda")
+    chosen = dispatch.choose(_OP, impl, q.device, unsupported(q) if asked else [])
     if chosen == "reference":
         with torch.autocast(q.device.type, enabled=False):
             out, lse = reference(q, k, v, mask, bias, gate, scale)
@@ -107,7 +108,7 @@ def block_sparse_attention(
 
 def unsupported(q: Tensor) -> list[str]:
     """Return why the Triton kernels cannot run such queries (empty: they can)."""
-    reasons = dispatch.triton_reasons(q.device)
+    reasons = list(dispatch.triton_reasons(q.device))
     if q.dtype == torch.float64:
         reasons.append("dtype is float64; expected float32, float16 or bfloat16")
     head_dim = q.shape[3]

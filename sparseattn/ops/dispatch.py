@@ -28,21 +28,22 @@ def choose(op: str, impl: str, device: torch.device, reasons: list[str]) -> str:
     return "triton" if device.type == "cuda" and not reasons else "torch"
 
 
-def triton_reasons(device: torch.device) -> list[str]:
+@torch.compiler.assume_constant_result
+def triton_reasons(device: torch.device) -> tuple[str, ...]:
     """Return why Triton kernels cannot run on this device (empty: they can)."""
     if not triton_installed():
-        return ["Triton is not installed (pip install triton)"]
+        return ("Triton is not installed (pip install triton)",)
     version = importlib.metadata.version("triton")
     if tuple(int(part) for part in version.split(".")[:2]) < (3, 6):
-        return [f"Triton is {version}; expected >= 3.6"]
+        return (f"Triton is {version}; expected >= 3.6",)
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
-            return [f"compute capability is {capability[0]}.{capability[1]}; expected >= 8.0"]
-        return []
+            return (f"compute capability is {capability[0]}.{capability[1]}; expected >= 8.0",)
+        return ()
     if device.type == "cpu" and interpreting():
-        return []
-    return [f"tensors are on {device}; expected CUDA, or CPU with TRITON_INTERPRET=1"]
+        return ()
+    return (f"tensors are on {device}; expected CUDA, or CPU with TRITON_INTERPRET=1",)
 
 
 @cache
@@ -64,7 +65,7 @@ def interpreting() -> bool:
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as scaled_dot_product_attention does under autocast: all but float64."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

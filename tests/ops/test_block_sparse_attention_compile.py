@@ -207,7 +207,8 @@ class Scored(torch.nn.Module):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_export(dynamic, keep, tmp_path):
     q, k, v = torch.randn(3, 1, 2, 75, 16).unbind()
-    length = torch.export.Dim("length", min=33, max=4096)
+    # torch cannot prove for a named dimension that a fraction of the blocks is at most all of them
+    length = torch.export.Dim("length", min=33) if keep == 2 else torch.export.Dim.AUTO
     shapes = {name: {2: length} for name in "qkv"} if dynamic else None
     program = torch.export.export(Scored(keep), (q, k, v), dynamic_shapes=shapes)
     torch.export.save(program, tmp_path / "attention.pt2")

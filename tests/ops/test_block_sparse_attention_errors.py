@@ -163,7 +163,10 @@ def triton_error(**changed):
     return str(caught.value)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="reads the interpreter's answer")
+INTERPRETER = pytest.mark.skipif(torch.cuda.is_available(), reason="reads its own reasons only")
+
+
+@INTERPRETER
 def test_triton_lists_all_reasons():
     assert triton_error(**D20) == f"{OP}: impl='triton' cannot run this: {DTYPE}; {HEAD_DIM}"
 
@@ -182,6 +185,7 @@ def test_triton_reasons_without_triton(monkeypatch):
     assert triton_error() == f"{OP}: impl='triton' cannot run this: {reason}"
 
 
+@INTERPRETER
 @pytest.mark.parametrize("head_dim", [8, 12, 264])
 def test_triton_refuses_head_dims(head_dim):
     wrong = {name: torch.zeros(*GOOD[name].shape[:3], head_dim) for name in "qkv"}

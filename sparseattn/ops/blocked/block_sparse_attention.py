@@ -106,7 +106,7 @@ def _backward_chunk(
         queries, douts = queries.masked_fill(empty, 0), douts.masked_fill(empty, 0)
         lse = lse.masked_fill(empty, math.inf)
     # products under the exponent are made in full precision: a rounded one would not cancel lse
-    logits = torch.bmm(queries.to(wide) * problem.scale, keys.to(wide).mT)  # [n, bq, e * bk]
+    logits = torch.bmm(queries.to(wide), keys.to(wide).mT).mul_(problem.scale)  # [n, bq, e * bk]
     if bias is not None:
         logits += bias
     p = logits.sub_(lse).exp_()
@@ -149,7 +149,7 @@ def _attend(
             lse = lse.where((bias > -math.inf).any(-1), -math.inf)
         return o, lse
     wide = plan.accumulate_dtype(queries.dtype)
-    logits = torch.bmm(queries.to(wide) * scale, keys.to(wide).mT)  # [n, bq, keys]
+    logits = torch.bmm(queries.to(wide), keys.to(wide).mT).mul_(scale)  # [n, bq, keys]
     if bias is not None:
         logits += bias
     peak = logits.amax(-1, keepdim=True)
