@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -331,8 +332,9 @@ def keep_count(keep: Any, num_columns: int) -> int:
     if isinstance(keep, float):
         if not 0 < keep <= 1:
             raise ValueError(f"{_OP}: keep is {keep}; expected {rule}")
-        # 0.28 of 25 blocks is 7, although 0.28 * 25 comes to a little more
-        return math.ceil(round(keep * num_columns, 9))
+        # as a ratio of whole numbers: 0.28 of 25 is 7, although 0.28 * 25 comes to a little more
+        share = max(Fraction(keep).limit_denominator(10**6), Fraction(1, 10**6))
+        return -(-num_columns * share.numerator // share.denominator)
     if keep < 0:
         raise ValueError(f"{_OP}: keep is {keep}; expected {rule}")
     return keep if keep < num_columns else num_columns  # type: ignore[return-value]
