@@ -24,6 +24,9 @@ def block_sparse_attention(
     A bias or gate of -inf hides its keys. A query that sees nothing gets o = 0, lse = -inf and
     zero gradients; what a hidden key or such a query holds, even NaN, reaches nobody.
     """
+    if mask.k_len == 0:
+        nothing = q.masked_fill(torch.ones_like(q, dtype=torch.bool), 0)
+        return nothing, nothing.sum(-1) - math.inf
     group = q.shape[1] // k.shape[1] if k.shape[1] else 1
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     visible = mask.to_dense().expand(q.shape[0], q.shape[1], -1, -1)
@@ -45,6 +48,4 @@ def block_sparse_attention(
     logits = logits.masked_fill(~visible, -math.inf)
     weights = logits.masked_fill(~sees, 0).softmax(-1).masked_fill(~visible, 0)
     lse = logits.masked_fill(~sees, 0).logsumexp(-1).masked_fill(~sees[..., 0], -math.inf)
-    if mask.k_len == 0:
-        lse = torch.full_like(lse, -math.inf)
     return weights @ v, lse
