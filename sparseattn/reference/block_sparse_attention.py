@@ -26,7 +26,8 @@ def block_sparse_attention(
     """
     if mask.k_len == 0:
         nothing = q.masked_fill(torch.ones_like(q, dtype=torch.bool), 0)
-        nothing = nothing + k.sum() + v.sum()  # both empty: 0, with a gradient
+        for empty in (k, v, key_bias, block_gate):  # sums of nothing: 0, with a gradient
+            nothing = nothing if empty is None else nothing + empty.sum().to(q.dtype)
         return nothing, nothing.sum(-1) - math.inf
     group = q.shape[1] // k.shape[1] if k.shape[1] else 1
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
