@@ -96,26 +96,23 @@ def _allocate(blocks: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Te
 
 def _block_lists_host(blocks: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lists = _allocate(blocks, capacity)
-    arrays = [tensor.numpy() for tensor in lists]
-    grids = blocks.numpy()
-    for head in np.ndindex(grids.shape[:2]):  # one head at a time stays in cache
-        _write_lists(np.ascontiguousarray(grids[head]), arrays[0][head], arrays[1][head])
-        _write_lists(np.ascontiguousarray(grids[head].T), arrays[2][head], arrays[3][head])
+    row_offsets, rows, column_offsets, columns = (tensor.numpy() for tensor in lists)
+    grid = blocks.contiguous().numpy()
+    num_rows, num_columns = grid.shape[2:]
+    counts = grid.view(np.uint8).sum(3, dtype=np.int32)
+    row_offsets[..., 0] = column_offsets[..., 0] = 0
+    np.cumsum(counts, axis=2, out=row_offsets[..., 1:])
+    np.cumsum(grid.view(np.uint8).sum(2, dtype=np.int32), axis=2, out=column_offsets[..., 1:])
+    every_row = np.arange(num_rows, dtype=np.int32)
+    short = np.min_scalar_type(max(0, num_columns - 1))  # 8 or 16 bits: a counting sort
+    for head in np.ndindex(grid.shape[:2]):
+        row = np.repeat(every_row, counts[head])
+        column = np.flatnonzero(grid[head]).astype(np.int32) - row * np.int32(num_columns)
+        by_column = column.astype(short).argsort(kind="stable")
+        for entries, kept in ((rows[head], column), (columns[head], row[by_column])):
+            entries[: kept.size] = kept[:capacity]
+            entries[kept.size :] = PAD_INDEX
     return lists
-
-
-def _write_lists(grid: np.ndarray, offsets: np.ndarray, indices: np.ndarray) -> None:
-    """Fill the offsets and indices of one head's lines."""
-    width = grid.shape[1]
-    offsets[0] = 0
-    np.cumsum(grid.view(np.uint8).sum(1, dtype=np.int32), out=offsets[1:])
-    kept = np.flatnonzero(grid)[: indices.size].astype(np.int32)
-    if width & (width - 1):
-        kept %= np.int32(width)
-    else:  # a power of two, as grids often are: the remainder is a mask of bits
-        kept &= np.int32(max(width, 1) - 1)
-    indices[: kept.size] = kept
-    indices[kept.size :] = PAD_INDEX
 
 
 def _block_lists_cuda(blocks: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

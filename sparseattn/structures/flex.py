@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sparseattn import checks
 from sparseattn.constants import BITS_PER_WORD, EMPTY_BLOCK, FULL_BLOCK
 from sparseattn.structures import token_bits as bits_of
 from sparseattn.structures.block_lists import BlockLists
@@ -63,7 +64,7 @@ def from_flex(mask: Any) -> BlockMask:
 
     if not isinstance(mask, FlexBlockMask):
         raise TypeError(
-            f"BlockMask.from_flex: mask is a {type(mask).__name__}; "
+            f"BlockMask.from_flex: mask {checks.describe(mask)}; "
             "expected a torch.nn.attention.flex_attention.BlockMask"
         )
     q_len, k_len = mask.seq_lengths
@@ -82,7 +83,7 @@ def from_flex(mask: Any) -> BlockMask:
     slots = int(partial.flatten(2).sum(2).max()) if partial.numel() else 0
     shape = (batch, heads, slots, block_q, bits_of.words_per_row(block_k))
     words = torch.zeros(shape, dtype=torch.int32, device=partial.device)
-    for row in range(num_rows):
+    for row in range(num_rows if k_len else 0):
         start = row * block_q
 
         def shifted(b: Tensor, h: Tensor, q: Tensor, k: Tensor, start: int = start) -> Tensor:

@@ -31,8 +31,7 @@ def from_token_mask(keep: Any, block_size: Any, q_len: int | None) -> BlockMask:
         raise ValueError(f"{_OP}: keep {checks.describe(keep)}; expected [B, H, Nq, Nk] or [B, Nk]")
     geometry = check_geometry(keep.shape[2], keep.shape[3], block_size)
     block_q, block_k = geometry
-    tokens = _pad_to_blocks(_pad_to_blocks(keep, 3, block_k), 2, block_q)
-    tokens = tokens.unflatten(3, (-1, block_k)).unflatten(2, (-1, block_q))  # [B H R bq C bk]
+    tokens = _split_blocks(_split_blocks(keep, 3, block_k), 2, block_q)  # [B, H, R, bq, C, bk]
     kept = tokens.sum((3, 5), dtype=torch.int32)
     q_sizes = _block_sizes(keep.shape[2], block_q, keep.device)
     k_sizes = _block_sizes(keep.shape[3], block_k, keep.device)
@@ -50,7 +49,7 @@ def from_token_mask(keep: Any, block_size: Any, q_len: int | None) -> BlockMask:
 def _from_key_mask(keep: Tensor, geometry: tuple[int, int], q_len: int) -> BlockMask:
     """All queries see the same keys: the rows of a block share their bits, and so do the rows."""
     block_q, block_k = geometry
-    tokens = _pad_to_blocks(keep, 1, block_k).unflatten(1, (-1, block_k))  # [B, C, bk]
+    tokens = _split_blocks(keep, 1, block_k)  # [B, C, bk]
     kept = tokens.sum(2, dtype=torch.int32)[:, None, None]  # [B, 1, 1, C]
     num_rows, num_columns = -(-q_len // block_q), kept.shape[3]
     slots = torch.arange(num_columns, dtype=torch.int32, device=keep.device)
@@ -141,13 +140,14 @@ def _common_shape(left: BlockMask, right: BlockMask) -> tuple[int, int, int, int
     return batch, heads, left.num_q_blocks, left.num_k_blocks
 
 
-def _pad_to_blocks(tokens: Tensor, dim: int, block: int) -> Tensor:
-    """Pad dimension `dim` with False up to a multiple of `block`."""
-    spare = -tokens.shape[dim] % block
-    if spare == 0:
-        return tokens
-    after = tokens.dim() - 1 - dim
-    return torch.nn.functional.pad(tokens, (0, 0) * after + (0, spare))
+def _split_blocks(tokens: Tensor, dim: int, block: int) -> Tensor:
+    """Pad dimension `dim` with False to whole blocks and split it into [blocks, block]."""
+    size = tokens.shape[dim]
+    count = -(-size // block)
+    after = (0, 0) * (tokens.dim() - 1 - dim)
+    return torch.nn.functional.pad(tokens, (*after, 0, count * block - size)).unflatten(
+        dim, (count, block)
+    )
 
 
 def _block_sizes(length: int, block: int, device: torch.device) -> Tensor:

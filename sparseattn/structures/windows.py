@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sparseattn import checks
-from sparseattn.constants import EMPTY_BLOCK, FULL_BLOCK
+from sparseattn.constants import BITS_PER_WORD, EMPTY_BLOCK, FULL_BLOCK
 from sparseattn.structures import token_bits as bits_of
 from sparseattn.structures.block_mask import BlockMask, check_geometry
 
@@ -25,7 +25,8 @@ def window(shape: Any, radius: Any, block_size: Any, prefix: Any) -> BlockMask:
     block_q, block_k = geometry
     num_columns = -(-length // block_k)
     states = np.full((-(-length // block_q), num_columns), EMPTY_BLOCK, dtype=np.int32)
-    words = [np.zeros((0, block_q, bits_of.words_per_row(block_k)), dtype=np.int32)]
+    bits = bits_of.words_per_row(block_k) * BITS_PER_WORD
+    words = [np.zeros((0, block_q, bits // BITS_PER_WORD), dtype=np.int32)]
     slot = 0
     for row, start in enumerate(range(0, length, block_q)):
         queries = np.arange(start, min(start + block_q, length))
@@ -39,9 +40,9 @@ def window(shape: Any, radius: Any, block_size: Any, prefix: Any) -> BlockMask:
         partial = (kept > 0) & ~full
         states[row, columns[full]] = FULL_BLOCK
         states[row, columns[partial]] = slot + np.arange(partial.sum())
-        padded = np.zeros((int(partial.sum()), block_q, block_k), dtype=bool)
-        padded[:, : len(queries)] = blocks[partial]
-        words.append(bits_of.pack(torch.from_numpy(padded)).numpy())
+        padded = np.zeros((int(partial.sum()), block_q, bits), dtype=bool)
+        padded[:, : len(queries), :block_k] = blocks[partial]
+        words.append(np.packbits(padded, axis=2, bitorder="little").view(np.int32))
         slot += len(padded)
     token_bits = torch.from_numpy(np.concatenate(words))[None, None]
     return BlockMask.from_states(
@@ -114,5 +115,7 @@ def _visible(
     k_places = np.unravel_index(np.maximum(keys - prefix, 0), grid)
     visible = np.ones((len(queries), len(keys)), dtype=bool)
     for q_place, k_place, limit in zip(q_places, k_places, reach, strict=True):
-        visible &= np.abs(q_place[:, None] - k_place) <= limit
+        lines, line_of = np.unique(q_place, return_inverse=True)  # few along the outer axes
+        near = np.abs(lines[:, None].astype(np.int32) - k_place.astype(np.int32)) <= limit
+        visible &= near if len(lines) == 1 else near[line_of]
     return visible | (queries < prefix)[:, None] | (keys < prefix)
