@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sparseattn.kernels.launch import IndexLists
 from sparseattn.ops import block_sparse_attention_flops as flops
@@ -73,7 +72,6 @@ class _BlockSparseAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         out = saved[0]
@@ -85,8 +83,29 @@ class _BlockSparseAttention(torch.autograd.Function):
         gradients = torch.ops.sparseattn.block_sparse_attention_backward.default(
             dout, dlse, *saved, *ctx.options, needs[3], needs[4]
         )
-        wanted = (g if need else None for g, need in zip(gradients, needs[:5], strict=True))
+        wanted = tuple(g if need else None for g, need in zip(gradients, needs[:5], strict=True))
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            wanted = _DifferentiatedOnce.apply(wanted, dout, dlse, *saved)
         return *wanted, *(None,) * (len(needs) - 5)
+
+
+class _DifferentiatedOnce(torch.autograd.Function):
+    """Passes gradients on, tied to all they come from, and refuses a derivative of them.
+
+    torch's `once_differentiable` looks at dout alone: where that is a constant, a gradient penalty
+    would pass for one without a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradients: tuple[Tensor | None, ...], *sources: Tensor | None) -> Any:
+        return tuple(None if g is None else g.detach() for g in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> None:
+        raise RuntimeError(
+            "block_sparse_attention: its gradient cannot be differentiated, so no loss may use it "
+            "twice; expected first derivatives only (impl='reference' has higher ones)"
+        )
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,6 @@ def choose(op: str, impl: str, device: torch.device, reasons: list[str]) -> str:
     return "triton" if device.type == "cuda" and not reasons else "torch"
 
 
-@torch.compiler.assume_constant_result
 def triton_reasons(device: torch.device) -> tuple[str, ...]:
     """Return why Triton kernels cannot run on this device (empty: they can)."""
     if not triton_installed():
@@ -44,6 +43,10 @@ def triton_reasons(device: torch.device) -> tuple[str, ...]:
     if device.type == "cpu" and interpreting():
         return ()
     return (f"tensors are on {device}; expected CUDA, or CPU with TRITON_INTERPRET=1",)
+
+
+# What torch.compiler.assume_constant_result sets, without its import of torch._dynamo (0.6 s).
+triton_reasons._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -333,8 +333,9 @@ def keep_count(keep: Any, num_columns: int) -> int:
         if not 0 < keep <= 1:
             raise ValueError(f"{_OP}: keep is {keep}; expected {rule}")
         # as a ratio of whole numbers: 0.28 of 25 is 7, although 0.28 * 25 comes to a little more
-        share = max(Fraction(keep).limit_denominator(10**6), Fraction(1, 10**6))
-        return -(-num_columns * share.numerator // share.denominator)
+        share = Fraction(keep).limit_denominator(10**6)
+        numerator = share.numerator or 1  # smaller than a millionth: the least there is
+        return -(-num_columns * numerator // (share.denominator if share.numerator else 10**6))
     if keep < 0:
         raise ValueError(f"{_OP}: keep is {keep}; expected {rule}")
     return keep if keep < num_columns else num_columns  # type: ignore[return-value]

@@ -164,10 +164,15 @@ def _attend(
 
 
 def _is_dense(problem: plan.Problem) -> bool:
-    """Whether every query sees every key, and torch's fused attention takes the inputs."""
+    """Whether one mask for the whole batch shows everything, in a form torch's attention takes.
+
+    A mask for each sample stays out, or what its batch mates see would change a sample's rounding.
+    """
     q, k, rows = problem.q, problem.k, problem.rows
     plain = problem.key_bias is None and problem.block_gate is None and problem.token_bits is None
     if q.device.type != "cpu" or not plain or problem.group != 1 or not q.numel() * k.numel():
+        return False
+    if rows.offsets.shape[0] > 1:
         return False
     every_block = rows.offsets.shape[-1] - 1, -(-k.shape[2] // problem.block_size[1])
     return bool((rows.offsets[..., -1] == math.prod(every_block)).all())
