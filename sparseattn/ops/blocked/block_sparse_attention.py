@@ -17,9 +17,9 @@ from sparseattn.structures import token_bits as bits_of
 
 # Gathered keys of a chunk, for 64 queries a block: what keeps one step of the chunk in cache, and
 # its memory small beside the output.
-_FUSED_KEYS = 8192
-_FORWARD_KEYS = 4096
-_BACKWARD_KEYS = 3072
+_FUSED_KEYS = 10240
+_FORWARD_KEYS = 3840
+_BACKWARD_KEYS = {2: 6400, 4: 10240, 8: 5120}  # by item size
 
 _fused_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -31,16 +31,21 @@ def forward(problem: plan.Problem) -> tuple[Tensor, Tensor]:
         out = torch.empty_like(q)
         o, lse = _fused_cpu(q, problem.k, problem.v, scale=problem.scale)
         return out.copy_(o), lse.contiguous()
-    out = torch.zeros_like(q)
+    out = torch.zeros_like(q) if problem.has_empty_rows else torch.empty_like(q)
     lse = q.new_full(q.shape[:3], -math.inf, dtype=plan.accumulate_dtype(q.dtype))
-    most_keys = _FUSED_KEYS if _is_fused(q) else _FORWARD_KEYS
+    attend, most_keys = (_fused, _FUSED_KEYS) if _is_fused(q) else (_attend, _FORWARD_KEYS)
+    scratch = plan.Scratch(q.device)
     for slab in plan.slabs(problem, sums=False):
         tables = [plan.block_table(t, slab, problem.block_size[1]) for t in (problem.k, problem.v)]
         q_table, out_table, lse_table = (plan.query_table(t, slab, problem) for t in (q, out, lse))
         for chunk in plan.chunks(problem, slab, most_keys):
-            keys, values = (plan.gather(table, chunk.ids) for table in tables)
-            bias = _chunk_bias(problem, chunk, keys, values)
-            o, l = _attend(plan.take(q_table, chunk), keys, values, bias, problem.scale)
+            bias, hidden = _chunk_bias(problem, chunk)
+            queries = plan.take(q_table, chunk)
+            if bias is not None:  # what a query that sees nothing holds, even NaN, reaches nobody
+                queries = queries.masked_fill((bias == -math.inf).all(-1, keepdim=True), 0)
+            keys_at = chunk.ids, hidden, scratch
+            o = plan.place(out_table, chunk, scratch)
+            o, l = attend(queries, tables, keys_at, bias, problem.scale, o)
             plan.put(out_table, chunk, o)
             plan.put(lse_table, chunk, l)
         plan.write_back(out, out_table, slab, problem)
@@ -61,19 +66,21 @@ def backward(
     wide = plan.accumulate_dtype(q.dtype)
     if dlse is None and _is_dense(problem):
         return *_dense_backward(problem, out, lse, dout), None, None
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dq = torch.zeros_like(q) if problem.has_empty_rows else torch.empty_like(q)
+    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     bias = problem.padded_bias
     dbias = torch.zeros_like(bias) if bias is not None and needs[0] else None
     gate = problem.block_gate
     dgate = torch.zeros_like(gate, dtype=wide) if gate is not None and needs[1] else None
+    scratch = plan.Scratch(q.device)
     for slab in plan.slabs(problem, sums=True):
         block_k = problem.block_size[1]
         tables = [plan.block_table(t, slab, block_k) for t in (k, v)]
         sums = [plan.sum_table(t, slab, block_k) for t in (dk, dv)]
         per_query = [plan.query_table(t, slab, problem) for t in (q, dout, lse, dq)]
         dlse_table = None if dlse is None else plan.query_table(dlse, slab, problem)
-        for chunk in plan.chunks(problem, slab, _BACKWARD_KEYS):
-            ds = _backward_chunk(problem, chunk, tables, sums, per_query, dlse_table)
+        for chunk in plan.chunks(problem, slab, _BACKWARD_KEYS[q.element_size()]):
+            ds = _backward_chunk(problem, chunk, scratch, tables, sums, per_query, dlse_table)
             if dbias is not None:
                 _add_bias_gradient(dbias, ds, chunk)
             if dgate is not None:
@@ -90,68 +97,83 @@ def backward(
 def _backward_chunk(
     problem: plan.Problem,
     chunk: plan.Chunk,
+    scratch: plan.Scratch,
     tables: list[Tensor],
     sums: list[Tensor],
     per_query: list[Tensor],
     dlse_table: Tensor | None,
 ) -> Tensor:
-    """Add one chunk's share to dq, dk / scale and dv; return its ds [n, block_q, e, block_k]."""
-    wide = plan.accumulate_dtype(problem.q.dtype)
-    keys, values = (plan.gather(table, chunk.ids) for table in tables)
-    bias = _chunk_bias(problem, chunk, keys, values)
+    """Add one chunk's share to dq, dk / scale and dv; return its ds [n, block_q, e, block_k].
+
+    Scratch of the same name is used for one thing after the other.
+    """
+    narrow, wide = problem.q.dtype, plan.accumulate_dtype(problem.q.dtype)
+    bias, hidden = _chunk_bias(problem, chunk)
+    keys = plan.gather(tables[0], chunk.ids, hidden, scratch, "keys")
     queries, douts, lse = (plan.take(table, chunk) for table in per_query[:3])
     lse = lse[..., None]
     if bias is not None:  # a query that sees nothing weighs nothing, whatever it holds
         empty = lse == -math.inf
         queries, douts = queries.masked_fill(empty, 0), douts.masked_fill(empty, 0)
         lse = lse.masked_fill(empty, math.inf)
-    # products under the exponent are made in full precision: a rounded one would not cancel lse
-    logits = torch.bmm(queries.to(wide), keys.to(wide).mT).mul_(problem.scale)  # [n, bq, e * bk]
-    if bias is not None:
-        logits += bias
-    p = logits.sub_(lse).exp_()
-    ids = chunk.ids.flatten()
-    _add_blocks(sums[1], ids, torch.bmm(p.to(douts.dtype).mT, douts))
-    dp = torch.bmm(douts, values.mT)
-    del values
-    ds = dp.mul_(p) if dp.dtype == wide else dp * p
+    p = _logits(queries, keys, bias, problem.scale, scratch).sub_(lse).exp_()  # [n, bq, e * bk]
+
+    p_narrow = scratch.copy("narrow", p, narrow)
+    dvalues = torch.bmm(p_narrow.mT, douts, out=scratch.take("values", tuple(keys.shape), narrow))
+    _add_blocks(sums[1], chunk.ids, scratch.copy("ds", dvalues, wide))
+
+    values = plan.gather(tables[1], chunk.ids, hidden, scratch, "values")
+    name = "ds" if narrow == wide else "narrow"
+    dp = torch.bmm(douts, values.mT, out=scratch.take(name, tuple(p.shape), narrow))
+    ds = scratch.copy("ds", dp, wide).mul_(p)
     # delta is summed from the very p and dp it is taken from, so that what cancels does cancel
     delta = ds.sum(-1, keepdim=True)
     if dlse_table is not None:
         dlse = plan.take(dlse_table, chunk)[..., None]
         delta -= dlse if bias is None else dlse.masked_fill(empty, 0)
     ds.addcmul_(p, delta, value=-1)
-    del dp, p, logits
-    narrow = ds.to(queries.dtype)
-    plan.put(per_query[3], chunk, torch.bmm(narrow, keys).mul_(problem.scale))
-    del keys
-    _add_blocks(sums[0], ids, torch.bmm(narrow.mT, queries))
+
+    ds_narrow = scratch.copy("narrow", ds, narrow)
+    plan.put(per_query[3], chunk, torch.bmm(ds_narrow, keys).mul_(problem.scale))
+    dkeys = torch.bmm(ds_narrow.mT, queries, out=scratch.take("values", tuple(keys.shape), narrow))
+    _add_blocks(sums[0], chunk.ids, scratch.copy("logits", dkeys, wide))
     return ds.unflatten(2, (-1, problem.block_size[1]))
 
 
 def _add_blocks(total: Tensor, ids: Tensor, part: Tensor) -> None:
     """Add the gradients [n, e * bk, D] of gathered blocks to their sums [blocks, bk * D]."""
-    total.index_add_(0, ids, part.view(ids.numel(), -1).to(total.dtype))
+    total.index_add_(0, ids.flatten(), part.view(ids.numel(), -1))
+
+
+def _logits(
+    queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float, scratch: plan.Scratch
+) -> Tensor:
+    """Return scaled and biased logits [n, bq, e * bk].
+
+    They are made in full precision: below the exponent a rounded product would not cancel lse.
+    """
+    wide = plan.accumulate_dtype(queries.dtype)
+    wide_keys = scratch.copy("ds", keys, wide)
+    logits = scratch.take("logits", (*queries.shape[:2], keys.shape[1]), wide)
+    torch.bmm(queries.to(wide) * scale, wide_keys.mT, out=logits)
+    return logits if bias is None else logits.add_(bias)
+
+
+KeysAt = tuple[Tensor, Tensor | None, plan.Scratch]  # ids, hidden: as `plan.gather` takes them
 
 
 def _attend(
-    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float
+    queries: Tensor,
+    tables: list[Tensor],
+    keys_at: KeysAt,
+    bias: Tensor | None,
+    scale: float,
+    o: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Dense attention of [n, bq, D] over [n, keys, D]: o [n, bq, D] and lse [n, bq]."""
-    if bias is not None:  # what a query that sees nothing holds, even NaN, reaches nobody
-        queries = queries.masked_fill((bias == -math.inf).all(-1, keepdim=True), 0)
-    if _is_fused(queries):
-        mask = None if bias is None else bias[:, None]
-        heads = (queries[:, None], keys[:, None], values[:, None])
-        o, lse = _fused_cpu(*heads, attn_mask=mask, scale=scale)
-        o, lse = o.view(queries.shape), lse.view(queries.shape[:2])
-        if bias is not None:
-            lse = lse.where((bias > -math.inf).any(-1), -math.inf)
-        return o, lse
-    wide = plan.accumulate_dtype(queries.dtype)
-    logits = torch.bmm(queries.to(wide), keys.to(wide).mT).mul_(scale)  # [n, bq, keys]
-    if bias is not None:
-        logits += bias
+    """Dense attention of queries [n, bq, D] over gathered keys: o, and lse [n, bq]."""
+    scratch = keys_at[2]
+    keys = plan.gather(tables[0], *keys_at, "keys")
+    logits = _logits(queries, keys, bias, scale, scratch)
     peak = logits.amax(-1, keepdim=True)
     if bias is not None:
         peak = peak.masked_fill(peak == -math.inf, 0)
@@ -160,7 +182,30 @@ def _attend(
     lse = (peak + total.log())[..., 0]
     if bias is not None:
         total.masked_fill_(total == 0, 1)
-    return (torch.bmm(p.to(values.dtype), values) / total).to(values.dtype), lse
+    values = plan.gather(tables[1], *keys_at, "keys")
+    torch.bmm(scratch.copy("narrow", p, values.dtype), values, out=o)
+    return o.div_(total) if o.dtype == total.dtype else (o / total).to(o.dtype), lse
+
+
+def _fused(
+    queries: Tensor,
+    tables: list[Tensor],
+    keys_at: KeysAt,
+    bias: Tensor | None,
+    scale: float,
+    _: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Do what `_attend` does in torch's fused CPU attention."""
+    keys, values = (
+        plan.gather(t, *keys_at, name) for t, name in zip(tables, ("keys", "values"), strict=True)
+    )
+    mask = None if bias is None else bias[:, None]
+    heads = (queries[:, None], keys[:, None], values[:, None])
+    o, lse = _fused_cpu(*heads, attn_mask=mask, scale=scale)
+    o, lse = o.view(queries.shape), lse.view(queries.shape[:2])
+    if bias is not None:
+        lse = lse.where((bias > -math.inf).any(-1), -math.inf)
+    return o, lse
 
 
 def _is_dense(problem: plan.Problem) -> bool:
@@ -193,42 +238,39 @@ def _is_fused(queries: Tensor) -> bool:
     return queries.device.type == "cpu" and queries.element_size() == 2
 
 
-def _chunk_bias(
-    problem: plan.Problem, chunk: plan.Chunk, keys: Tensor, values: Tensor
-) -> Tensor | None:
+def _chunk_bias(problem: plan.Problem, chunk: plan.Chunk) -> tuple[Tensor | None, Tensor | None]:
     """Return what is added to the chunk's logits, [n, 1 or bq, e * bk], or None if nothing is.
 
-    Keys that nobody may see are zeroed in the gathered keys and values, so NaN there stays there.
+    Also which keys nobody may see, [n, e * bk, 1] or None: zeroed, NaN in them stays there.
     """
     block_k = problem.block_size[1]
     k_len = problem.k.shape[2]
     wide = plan.accumulate_dtype(problem.q.dtype)
     parts: list[Tensor] = []
+    hidden = None
     if problem.padded_bias is not None:
-        head = chunk.head if problem.padded_bias.shape[1] > 1 else torch.zeros_like(chunk.head)
-        bias = problem.padded_bias[chunk.batch[:, None], head[:, None], chunk.columns].flatten(1)
+        batch, head = chunk.where(*problem.padded_bias.shape[:2])
+        bias = problem.padded_bias[batch, head, chunk.columns].flatten(1)
         hidden = (bias == -math.inf)[..., None]
-        keys.masked_fill_(hidden, 0)
-        values.masked_fill_(hidden, 0)
         parts.append(bias[:, None])
     elif k_len % block_k and bool((chunk.columns == k_len // block_k).any()):
-        place = torch.arange(block_k, device=keys.device)
+        place = torch.arange(block_k, device=chunk.columns.device)
         beyond = chunk.columns[..., None] * block_k + place >= k_len
-        bias = torch.zeros(beyond.shape, dtype=wide, device=keys.device)
+        bias = torch.zeros(beyond.shape, dtype=wide, device=chunk.columns.device)
         parts.append(bias.masked_fill_(beyond, -math.inf).flatten(1)[:, None])
     if problem.block_gate is not None:
         gate = problem.block_gate
-        head = chunk.head if gate.shape[1] > 1 else torch.zeros_like(chunk.head)
-        gate = gate[chunk.batch[:, None], head[:, None], chunk.row[:, None], chunk.columns].to(wide)
+        batch, head = chunk.where(*gate.shape[:2])
+        gate = gate[batch, head, chunk.row[:, None], chunk.columns].to(wide)
         parts.append(gate.repeat_interleave(block_k, 1)[:, None])
-    if chunk.slots.shape[1] and problem.token_bits is not None:
+    if problem.token_bits is not None and chunk.slots.shape[1]:
         parts.append(_token_bias(problem, chunk, wide))
     if not parts:
-        return None
+        return None, None
     total = parts[0]
     for part in parts[1:]:
         total = total + part
-    return total
+    return total, hidden
 
 
 def _token_bias(problem: plan.Problem, chunk: plan.Chunk, wide: torch.dtype) -> Tensor:
@@ -237,11 +279,11 @@ def _token_bias(problem: plan.Problem, chunk: plan.Chunk, wide: torch.dtype) -> 
     if bits is None:
         raise ValueError("block_sparse_attention: token_bits is None; expected a tensor")
     block_q, block_k = problem.block_size
-    batch = (chunk.batch if bits.shape[0] > 1 else torch.zeros_like(chunk.batch))[:, None]
-    head = (chunk.head if bits.shape[1] > 1 else torch.zeros_like(chunk.head))[:, None]
+    batch, head = chunk.where(*bits.shape[:2])
     shown = bits_of.unpack(bits[batch, head, chunk.slots], block_k)  # [n, p, bq, bk]
     num_partial, entries = chunk.slots.shape[1], chunk.ids.shape[1]
-    bias = torch.zeros((len(chunk.row), block_q, entries, block_k), dtype=wide, device=bits.device)
+    shape = chunk.ids.shape[0], block_q, entries, block_k
+    bias = torch.zeros(shape, dtype=wide, device=bits.device)
     bias[:, :, :num_partial].masked_fill_(~shown.transpose(1, 2), -math.inf)
     return bias.flatten(2)
 
@@ -249,15 +291,15 @@ def _token_bias(problem: plan.Problem, chunk: plan.Chunk, wide: torch.dtype) -> 
 def _add_bias_gradient(dbias: Tensor, ds: Tensor, chunk: plan.Chunk) -> None:
     """dbias[b, h, key] += sum of ds over the queries that see it."""
     heads, columns = dbias.shape[1:3]
-    head = chunk.head if heads > 1 else torch.zeros_like(chunk.head)
-    place = ((chunk.batch * heads + head) * columns)[:, None] + chunk.columns
+    batch, head = chunk.where(*dbias.shape[:2])
+    place = (batch * heads + head) * columns + chunk.columns
     dbias.view(-1, dbias.shape[3]).index_add_(0, place.flatten(), ds.sum(1).flatten(0, 1))
 
 
 def _add_gate_gradient(dgate: Tensor, ds: Tensor, chunk: plan.Chunk) -> None:
     """dgate[b, h, row, column] += sum of ds over the block."""
     heads, rows, columns = dgate.shape[1:]
-    head = chunk.head if heads > 1 else torch.zeros_like(chunk.head)
-    line = (chunk.batch * heads + head) * rows + chunk.row
-    place = line[:, None] * columns + chunk.columns
+    batch, head = chunk.where(*dgate.shape[:2])
+    line = (batch * heads + head) * rows + chunk.row[:, None]
+    place = line * columns + chunk.columns
     dgate.view(-1).index_add_(0, place.flatten(), ds.sum((1, 3)).flatten())

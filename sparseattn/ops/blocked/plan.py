@@ -32,6 +32,14 @@ class Problem:
     block_size: tuple[int, int]
     scale: float
 
+    @cached_property
+    def has_empty_rows(self) -> bool:
+        """Whether some row of the mask keeps no block."""
+        counts = self.rows.offsets.diff()
+        if self.rows.partial_offsets is not None:
+            counts = counts + self.rows.partial_offsets.diff()
+        return not bool(counts.all())
+
     @property
     def group(self) -> int:
         """Query heads per key head."""
@@ -57,35 +65,63 @@ class Slab(NamedTuple):
     g1: int
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Run(NamedTuple):
     """Query blocks with equally long lists.
 
-    lines    [n]        which query blocks of the slab: a slice if they follow each other
     batch, head, row    [n] each: where they are
-    ids      [n, e]     their key blocks in the slab's table, partial blocks first
-    columns  [n, e]     the same as columns of the mask
+    columns  [n, e]     the columns of the mask that they keep, partial blocks first
     slots    [n, p]     token bits of the first p entries
     """
 
-    lines: Tensor | slice
     batch: Tensor
     head: Tensor
     row: Tensor
-    ids: Tensor
     columns: Tensor
     slots: Tensor
 
-    def split(self, size: int) -> Iterator[Chunk]:
-        """Cut into chunks of at most `size` query blocks."""
-        for at in range(0, len(self.row), size):
-            end = min(at + size, len(self.row))
-            if isinstance(self.lines, slice):
-                lines: Tensor | slice = slice(self.lines.start + at, self.lines.start + end)
-            else:
-                lines = self.lines[at:end]
-            parts = (self.batch, self.head, self.row, self.ids, self.columns, self.slots)
-            yield Chunk(lines, *(part[at:end] for part in parts))
+
+class Chunk(NamedTuple):
+    """A part of a run, small enough for the cache.
+
+    lines    [n]        which query blocks of the slab: a slice if they follow each other
+    ids      [n, e]     their key blocks in the slab's table
+    """
+
+    run: Run
+    part: slice
+    lines: Tensor | slice
+    ids: Tensor
+
+    def where(self, batches: int, heads: int) -> tuple[Tensor, Tensor]:
+        """Return batch and head, [n, 1] each, as indices: 0 where the indexed tensor has one."""
+        batch, head = (x[self.part, None] for x in (self.run.batch, self.run.head))
+        return batch * (batches > 1), head * (heads > 1)
+
+    @property
+    def row(self) -> Tensor:
+        """Rows of the mask, [n]."""
+        return self.run.row[self.part]
+
+    @property
+    def columns(self) -> Tensor:
+        """Columns of the mask, [n, e]."""
+        return self.run.columns[self.part]
+
+    @property
+    def slots(self) -> Tensor:
+        """Token bits of the partial blocks, [n, p]."""
+        return self.run.slots[self.part]
+
+
+def split(run: Run, lines: Tensor | slice, ids: Tensor, size: int) -> Iterator[Chunk]:
+    """Cut a run into chunks of at most `size` query blocks."""
+    for at in range(0, ids.shape[0], size):
+        part = slice(at, min(at + size, ids.shape[0]))
+        if isinstance(lines, slice):
+            chosen: Tensor | slice = slice(lines.start + part.start, lines.start + part.stop)
+        else:
+            chosen = lines[part]
+        yield Chunk(run, part, chosen, ids[part])
 
 
 def take(table: Tensor, chunk: Chunk) -> Tensor:
@@ -96,11 +132,20 @@ def take(table: Tensor, chunk: Chunk) -> Tensor:
 
 
 def put(table: Tensor, chunk: Chunk, value: Tensor) -> None:
-    """Write the chunk's lines of a query table."""
+    """Write the chunk's lines of a query table, unless `value` was made in their place."""
     if isinstance(chunk.lines, slice):
-        table[chunk.lines] = value
+        lines = table[chunk.lines]
+        if lines.data_ptr() != value.data_ptr():
+            lines.copy_(value)
     else:
         table.index_copy_(0, chunk.lines, value)
+
+
+def place(table: Tensor, chunk: Chunk, scratch: Scratch) -> Tensor:
+    """Return where to make what is put into the chunk's lines: the lines themselves if they can."""
+    if isinstance(chunk.lines, slice):
+        return table[chunk.lines]
+    return scratch.take("lines", (chunk.ids.shape[0], *table.shape[1:]), table.dtype)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -108,10 +153,39 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def gather(table: Tensor, ids: Tensor) -> Tensor:
-    """Gather key blocks: [blocks, bk, D] at [n, e] -> [n, e * bk, D]."""
-    blocks = table.flatten(1).index_select(0, ids.flatten())
-    return blocks.view(ids.shape[0], ids.shape[1] * table.shape[1], table.shape[2])
+class Scratch:
+    """Memory that the chunks of one call use in turn: fresh pages for each would cost more time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return what was taken under this name before, in a new shape; it holds anything."""
+        size = math.prod(shape)
+        buffer = self._buffers.pop((name, dtype), None)
+        if buffer is None or buffer.numel() < size:
+            del buffer  # before its larger successor is made
+            buffer = torch.empty(size, dtype=dtype, device=self._device)
+        self._buffers[name, dtype] = buffer
+        return buffer[:size].view(shape)
+
+    def copy(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return `tensor` in `dtype`: itself if it has it, else a copy under this name."""
+        if tensor.dtype == dtype:
+            return tensor
+        return self.take(name, tuple(tensor.shape), dtype).copy_(tensor)
+
+
+def gather(
+    table: Tensor, ids: Tensor, hidden: Tensor | None, scratch: Scratch, name: str
+) -> Tensor:
+    """Gather key blocks: [blocks, bk, D] at [n, e] -> [n, e * bk, D], 0 where `hidden`."""
+    block_k, head_dim = table.shape[1:]
+    blocks = scratch.take(name, (ids.numel(), block_k * head_dim), table.dtype)
+    torch.index_select(table.flatten(1), 0, ids.flatten(), out=blocks)
+    gathered = blocks.view(ids.shape[0], ids.shape[1] * block_k, head_dim)
+    return gathered if hidden is None else gathered.masked_fill_(hidden, 0)
 
 
 def slabs(problem: Problem, sums: bool) -> Iterator[Slab]:
@@ -192,7 +266,7 @@ def chunks(problem: Problem, slab: Slab, most_keys: int) -> Iterator[Chunk]:
     block_q, block_k = problem.block_size
     num_rows = -(-problem.q.shape[2] // block_q)
     num_columns = -(-problem.k.shape[2] // block_k)
-    group, device = problem.group, problem.q.device
+    group, device, threads = problem.group, problem.q.device, torch.get_num_threads()
     heads = (slab.g1 - slab.g0) * group
     batch, head, row = np.unravel_index(
         np.arange((slab.b1 - slab.b0) * heads * num_rows), (slab.b1 - slab.b0, heads, num_rows)
@@ -221,12 +295,14 @@ def chunks(problem: Problem, slab: Slab, most_keys: int) -> Iterator[Chunk]:
         if partial is not None and p:
             first, slots = partial.entries(*where, partial_starts[run], p)
             columns = np.concatenate((first, columns), 1)
-        ids = table[run][:, None] + columns
-        parts = (*where, row[run], ids, columns, slots)
+        ids = torch.from_numpy(table[run][:, None] + columns).to(device)
+        parts = (*where, row[run], columns, slots)
+        alike = Run(*(torch.from_numpy(part).to(device) for part in parts))
         follow = run[-1] - run[0] + 1 == run.size  # each run ascends
         lines = slice(int(run[0]), int(run[-1]) + 1) if follow else torch.from_numpy(run).to(device)
-        whole = Chunk(lines, *(torch.from_numpy(part).to(device) for part in parts))
-        yield from whole.split(max(1, most_keys * 64 // ((p + f) * block_k * max(block_q, 64))))
+        size = max(1, most_keys * 64 // ((p + f) * block_k * max(block_q, 64)))
+        size -= size % threads if size > threads else 0  # an odd one out would keep one waiting
+        yield from split(alike, lines, ids, size)
 
 
 class _HostLists:
