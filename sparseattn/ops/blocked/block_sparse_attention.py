@@ -150,12 +150,13 @@ def _logits(
 ) -> Tensor:
     """Return scaled and biased logits [n, bq, e * bk].
 
-    They are made in full precision: below the exponent a rounded product would not cancel lse.
+    They are made in full precision, and scaled after the product as torch's fused attention does:
+    below the exponent anything else would not cancel lse, its own or theirs.
     """
     wide = plan.accumulate_dtype(queries.dtype)
     wide_keys = scratch.copy("ds", keys, wide)
     logits = scratch.take("logits", (*queries.shape[:2], keys.shape[1]), wide)
-    torch.bmm(queries.to(wide) * scale, wide_keys.mT, out=logits)
+    torch.bmm(queries.to(wide), wide_keys.mT, out=logits).mul_(scale)
     return logits if bias is None else logits.add_(bias)
 
 
