@@ -45,9 +45,8 @@ def forward(problem: plan.Problem) -> tuple[Tensor, Tensor]:
                 queries = queries.masked_fill((bias == -math.inf).all(-1, keepdim=True), 0)
             keys_at = chunk.ids, hidden, scratch
             o = plan.place(out_table, chunk, scratch)
-            o, l = attend(queries, tables, keys_at, bias, problem.scale, o)
+            plan.put(lse_table, chunk, attend(o, queries, tables, keys_at, bias, problem.scale))
             plan.put(out_table, chunk, o)
-            plan.put(lse_table, chunk, l)
         plan.write_back(out, out_table, slab, problem)
         plan.write_back(lse, lse_table, slab, problem)
     return out, lse
@@ -164,14 +163,14 @@ KeysAt = tuple[Tensor, Tensor | None, plan.Scratch]  # ids, hidden: as `plan.gat
 
 
 def _attend(
+    o: Tensor,
     queries: Tensor,
     tables: list[Tensor],
     keys_at: KeysAt,
     bias: Tensor | None,
     scale: float,
-    o: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Dense attention of queries [n, bq, D] over gathered keys: o, and lse [n, bq]."""
+) -> Tensor:
+    """Write dense attention of queries [n, bq, D] over gathered keys to o; return lse [n, bq]."""
     scratch = keys_at[2]
     keys = plan.gather(tables[0], *keys_at, "keys")
     logits = _logits(queries, keys, bias, scale, scratch)
@@ -184,29 +183,28 @@ def _attend(
     if bias is not None:
         total.masked_fill_(total == 0, 1)
     values = plan.gather(tables[1], *keys_at, "keys")
-    torch.bmm(scratch.copy("narrow", p, values.dtype), values, out=o)
-    return o.div_(total) if o.dtype == total.dtype else (o / total).to(o.dtype), lse
+    torch.bmm(scratch.copy("narrow", p, values.dtype), values, out=o).div_(total)
+    return lse
 
 
 def _fused(
+    o: Tensor,
     queries: Tensor,
     tables: list[Tensor],
     keys_at: KeysAt,
     bias: Tensor | None,
     scale: float,
-    _: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Do what `_attend` does in torch's fused CPU attention."""
     keys, values = (
         plan.gather(t, *keys_at, name) for t, name in zip(tables, ("keys", "values"), strict=True)
     )
     mask = None if bias is None else bias[:, None]
     heads = (queries[:, None], keys[:, None], values[:, None])
-    o, lse = _fused_cpu(*heads, attn_mask=mask, scale=scale)
-    o, lse = o.view(queries.shape), lse.view(queries.shape[:2])
-    if bias is not None:
-        lse = lse.where((bias > -math.inf).any(-1), -math.inf)
-    return o, lse
+    made, lse = _fused_cpu(*heads, attn_mask=mask, scale=scale)
+    o.copy_(made.view(o.shape))
+    lse = lse.view(queries.shape[:2])
+    return lse if bias is None else lse.where((bias > -math.inf).any(-1), -math.inf)
 
 
 def _is_dense(problem: plan.Problem) -> bool:
