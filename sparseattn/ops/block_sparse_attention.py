@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from sparseattn import checks
 from sparseattn.ops import block_sparse_attention_registration as registered
-from sparseattn.ops import dispatch
+from sparseattn.ops import dispatch, sharded
 from sparseattn.reference.block_sparse_attention import block_sparse_attention as reference
 from sparseattn.structures.block_mask import BlockMask
 
@@ -83,6 +84,8 @@ def block_sparse_attention(
         Deterministic: equal bits on every call, and a sample does not depend on the values of its
         batch mates. (The torch path on a GPU sums with atomics and is not.)
         Under autocast q, k and v are cast as scaled_dot_product_attention casts them.
+        DTensors sharded over batch and heads stay so, and nothing is sent between ranks. The mask,
+        and extras that are plain tensors, are the whole ones, equal on every rank.
         Memory beyond the outputs: 4 * B * H * Nq bytes for lse; backward needs as much again. No
         gradient flows to the mask. Differentiable once, except with impl="reference".
 
@@ -90,6 +93,11 @@ def block_sparse_attention(
         FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning (2023),
         arXiv:2307.08691, algorithms 1 and 2, over block lists.
     """
+    if sharded.is_sharded(q, k, v):
+        run = partial(block_sparse_attention, scale=scale, return_lse=True, impl=impl)
+        extras = {"key_mask": key_mask, "key_bias": key_bias, "block_gate": block_gate}
+        out, lse = sharded.attend(_OP, run, (q, k, v), mask, extras)
+        return (out, lse) if return_lse else out
     q, k, v = _check_qkv(q, k, v)
     _check_mask(mask, q, k)
     scale = _check_scale(scale, q)
