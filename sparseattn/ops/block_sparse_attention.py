@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from sparseattn import checks
+from sparseattn.ops import attention_checks, dispatch, sharded
 from sparseattn.ops import block_sparse_attention_registration as registered
-from sparseattn.ops import dispatch, sharded
 from sparseattn.reference.block_sparse_attention import block_sparse_attention as reference
 from sparseattn.structures.block_mask import BlockMask
 
 _OP = "block_sparse_attention"
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Impl = Literal["auto", "triton", "torch", "reference"]
 
 
@@ -98,9 +97,9 @@ def block_sparse_attention(
         extras = {"key_mask": key_mask, "key_bias": key_bias, "block_gate": block_gate}
         out, lse = sharded.attend(_OP, run, (q, k, v), mask, extras)
         return (out, lse) if return_lse else out
-    q, k, v = _check_qkv(q, k, v)
+    q, k, v = attention_checks.check_qkv(_OP, q, k, v)
     _check_mask(mask, q, k)
-    scale = _check_scale(scale, q)
+    scale = attention_checks.check_scale(_OP, scale, q)
     bias = _fold_key_bias(q, k, key_mask, key_bias)
     gate = _check_gate(block_gate, mask, q, k)
     asked = impl == "triton" or (impl == "auto" and q.device.type == "cuda")
@@ -125,31 +124,6 @@ def unsupported(q: Tensor) -> list[str]:
     return reasons
 
 
-def _check_qkv(q: Any, k: Any, v: Any) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = checks.Shapes(_OP)
-    shapes.bind("q", q, "B H Nq D")
-    shapes.bind("k", k, "B G Nk D")
-    shapes.bind("v", v, "B G Nk D")
-    heads, key_heads = q.shape[1], k.shape[1]
-    if (key_heads == 0 and heads > 0) or (key_heads > 0 and heads % key_heads):
-        raise ValueError(
-            f"{_OP}: k has {key_heads} heads; expected a divisor of H, H={heads} (from q)"
-        )
-    if q.shape[3] == 0:
-        raise ValueError(f"{_OP}: q {checks.describe(q)}; expected a head dim D >= 1")
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        checks.require_device(_OP, name, tensor, q.device, "q")
-        checks.require_dtype(_OP, name, tensor, *_DTYPES)
-    q, k, v = dispatch.autocast_inputs(q, k, v)
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != q.dtype:
-            raise TypeError(
-                f"{_OP}: {name} has dtype {tensor.dtype}; "
-                f"expected the dtype of q, dtype={q.dtype} (from q)"
-            )
-    return q, k, v
-
-
 def _check_mask(mask: Any, q: Tensor, k: Tensor) -> None:
     if not isinstance(mask, BlockMask):
         raise TypeError(f"{_OP}: mask {checks.describe(mask)}; expected a BlockMask")
@@ -168,16 +142,6 @@ def _check_mask(mask: Any, q: Tensor, k: Tensor) -> None:
         raise ValueError(
             f"{_OP}: mask is on {mask.device}; expected the device of q, device={q.device} (from q)"
         )
-
-
-def _check_scale(scale: Any, q: Tensor) -> float:
-    if scale is None:
-        return q.shape[3] ** -0.5
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"{_OP}: scale {checks.describe(scale)}; expected a float or None")
-    if not math.isfinite(scale):
-        raise ValueError(f"{_OP}: scale is {scale}; expected a finite float")
-    return float(scale)
 
 
 def _fold_key_bias(q: Tensor, k: Tensor, key_mask: Any, key_bias: Any) -> Tensor | None:
