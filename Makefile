@@ -1,4 +1,4 @@
-# make demo | test | check | fix | bench | clean. The first one run makes .venv and installs what is needed.
+# make demo | test | check | fix | cubins | bench | clean. The first one run makes .venv and installs what is needed.
 #   PYTHON=python3.12      the interpreter .venv is made with, 3.11 or later
 #   PYTEST_ARGS="-k mask"  passed on to pytest        DEMO_ARGS, BENCH_ARGS  likewise
 #   OP=<op>                which benchmark `make bench` runs
@@ -7,6 +7,8 @@ PYTHON ?= python3
 OP ?= block_sparse_attention
 BIN := .venv/bin
 READY := .venv/.installed
+# the Triton beside torch 2.11: GPU results may come from it, so its binaries are judged too
+OLD_TRITON := .cache/triton-3.6.0
 
 # The root stays off sys.path: there, our folder kernels/ would pass for Hugging Face's package `kernels`.
 export PYTHONSAFEPATH := 1
@@ -14,13 +16,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fix bench clean
+.PHONY: help demo test check fix cubins cubins-all bench clean
 
 help:
 	@echo "make demo    dense against sparse attention on a chest radiograph; writes demo_output/"
 	@echo "make test    the tests, on the CPU and on a GPU where there is one"
 	@echo "make check   lint, format and types; changes nothing"
 	@echo "make fix     lint and format, mending what can be mended"
+	@echo "make cubins  compile the launch rows of all kernels for sm_80, sm_90, sm_100; needs no GPU"
+	@echo "make cubins-all  the same with every feature of a row, and with both versions of Triton"
 	@echo "make bench   one benchmark: make bench OP=block_sparse_attention"
 	@echo "make clean   remove what the others wrote, except .venv"
 
@@ -38,6 +42,15 @@ check: $(READY)
 fix: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The first case of each row; with the older Triton for Hopper only, to stay short.
+cubins: $(READY) $(OLD_TRITON)/.installed
+	PYTHONPATH=benchmarks $(BIN)/python -m cubins
+	PYTHONPATH=$(OLD_TRITON):benchmarks $(BIN)/python -m cubins --capability 90
+
+cubins-all: $(READY) $(OLD_TRITON)/.installed
+	PYTHONPATH=benchmarks $(BIN)/python -m cubins --all --json build/cubins/pinned.json
+	PYTHONPATH=$(OLD_TRITON):benchmarks $(BIN)/python -m cubins --all --json build/cubins/old.json
 
 # A script in benchmarks/ may import its neighbours, so its own folder (not the root) goes on sys.path.
 bench: $(READY)
@@ -59,3 +72,7 @@ $(READY): setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -e ".[all]" -c constraints.txt
 	@touch $@
 	@echo "ready"
+
+$(OLD_TRITON)/.installed: $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) triton==3.6.0
+	@touch $@

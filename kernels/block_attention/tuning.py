@@ -1,4 +1,4 @@
-"""Launch parameters of block attention. Every table is unmeasured: chosen from compiled resources.
+"""Launch parameters of block attention, chosen from compiled resources; MEASURED says which not.
 
 A row serves inputs of at most `head_dim` columns and of `itemsize` bytes on GPUs of one generation;
 the first row that fits is taken. A tile never exceeds the mask's block.
@@ -30,8 +30,11 @@ class Row(NamedTuple):
     spills: int = 0
 
 
+# table -> capability of its rows -> GPU, versions and date of the measurement; absent: unmeasured
+MEASURED: dict[str, dict[int, str]] = {}
+
 # fmt: off
-# unmeasured         cap  bytes  D           tile_q  tile_k  warps  stages
+#                    cap  bytes  D           tile_q  tile_k  warps  stages
 FORWARD = (
     Row(              90,   2,   64, Launch(    128,    128,     8,      3)),
     Row(              90,   2,  128, Launch(    128,     64,     8,      3)),

@@ -1,9 +1,4 @@
-"""Every launch row compiles to a GPU binary that fits the chip. No GPU is needed."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Every input finds a launch row. That the rows compile and fit is for `make cubins`."""
 
 import pytest
 
@@ -15,25 +10,6 @@ TABLES = {
     "dkv": tuning.BACKWARD_DKV,
     "dq": tuning.BACKWARD_DQ,
 }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_rows_compile_and_fit(capability: int) -> None:
-    # a process of its own: under Triton's interpreter, as in this one, nothing compiles
-    unwanted = ("TRITON_INTERPRET", "PYTHONSAFEPATH")  # the program imports its neighbour
-    environment = {k: v for k, v in os.environ.items() if k not in unwanted}
-    done = subprocess.run(
-        [sys.executable, "compile_rows.py", str(capability)],
-        cwd=Path(__file__).parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
-    assert done.returncode == 0, "\n".join(failed) or done.stderr
-    assert "rows fit, 0 do not" in done.stdout
 
 
 @pytest.mark.parametrize("name", TABLES)
