@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from triton.runtime.jit import JITFunction
 
 from sparseattn.kernels.cases import Case
+from sparseattn.kernels.tables import tables
 
 CAPABILITIES = (80, 90, 100)
 
@@ -53,16 +54,6 @@ def jobs(package: str, capabilities: Iterable[int], every: bool) -> list[Job]:
                 if every or key not in first:
                     found.append(Job(package, family, capability, index))
                 first.add(key)
-    return found
-
-
-def tables(module: Any) -> dict[str, tuple]:
-    """Return the launch tables of a tuning.py: tuples of rows under a name in capitals."""
-    found = {}
-    for name, value in vars(module).items():
-        is_table = name.isupper() and isinstance(value, tuple) and not hasattr(value, "_fields")
-        if is_table and value and all(hasattr(row, "_fields") for row in value):
-            found[name] = value
     return found
 
 

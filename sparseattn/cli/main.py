@@ -10,9 +10,9 @@ import argparse
 from collections.abc import Sequence
 
 from sparseattn import __version__
-from sparseattn.cli import demo
+from sparseattn.cli import demo, info
 
-COMMANDS = (demo,)
+COMMANDS = (demo, info)
 
 
 def build_parser() -> argparse.ArgumentParser:
