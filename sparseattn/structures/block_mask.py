@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,6 +14,7 @@ from sparseattn import checks
 from sparseattn.constants import BLOCK_STEP, EMPTY_BLOCK, FULL_BLOCK, MAX_BLOCK, MIN_BLOCK
 from sparseattn.structures import token_bits as bits_of
 from sparseattn.structures.block_lists import BlockLists, build_lists
+from sparseattn.structures.selection import select_blocks
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
@@ -138,20 +138,12 @@ class BlockMask:
         _bind_blocks("scores", scores, q_len, k_len, geometry)
         checks.require_floating(_OP, "scores", scores)
         num_columns = scores.shape[3]
-        kept = top_blocks(scores.detach(), keep_count(keep, num_columns))
-        capacity = scores.shape[2] * keep_count(keep, num_columns)
-        if always is not None:
-            checks.require_tensor(_OP, "always", always)
-            checks.require_dtype(_OP, "always", always, torch.bool)
-            checks.require_device(_OP, "always", always, scores.device, "scores")
-            try:
-                kept = kept | always.expand(scores.shape)
-            except RuntimeError as error:
-                raise ValueError(
-                    f"{_OP}: always {checks.describe(always)}; expected a shape that broadcasts "
-                    f"to {list(scores.shape)} (from scores)"
-                ) from error
-            capacity = scores.shape[2] * num_columns
+        count = keep_count(keep, num_columns)
+        capacity = scores.shape[2] * (count if always is None else num_columns)
+        check_always(_OP, always, scores.shape, scores.device, "scores")
+        on_device = scores.is_cuda and scores.dtype != torch.float64
+        impl = "triton" if on_device else "torch"
+        kept = select_blocks(scores.detach(), count, always=always, impl=impl)
         rows, columns = build_lists(kept, capacity)
         return cls(q_len, k_len, geometry, rows, columns)
 
@@ -310,47 +302,53 @@ class BlockMask:
         return combine(self, other, union)
 
 
-def check_geometry(q_len: Any, k_len: Any, block_size: Any) -> tuple[int, int]:
+def check_geometry(q_len: Any, k_len: Any, block_size: Any, op: str = _OP) -> tuple[int, int]:
     """Check lengths and block size; return the block size as a pair."""
-    checks.require_int(_OP, "q_len", q_len, low=0)
-    checks.require_int(_OP, "k_len", k_len, low=0)
+    checks.require_int(op, "q_len", q_len, low=0)
+    checks.require_int(op, "k_len", k_len, low=0)
     pair = (block_size, block_size) if isinstance(block_size, int) else block_size
     rule = f"one or two multiples of {BLOCK_STEP} from {MIN_BLOCK} to {MAX_BLOCK}"
     if not isinstance(pair, (tuple, list)) or not all(type(size) is int for size in pair):
-        raise TypeError(f"{_OP}: block_size {checks.describe(block_size)}; expected {rule}")
+        raise TypeError(f"{op}: block_size {checks.describe(block_size)}; expected {rule}")
     fits = all(MIN_BLOCK <= size <= MAX_BLOCK and size % BLOCK_STEP == 0 for size in pair)
     if len(pair) != 2 or not fits:
-        raise ValueError(f"{_OP}: block_size is {block_size}; expected {rule}")
+        raise ValueError(f"{op}: block_size is {block_size}; expected {rule}")
     return pair[0], pair[1]
 
 
-def keep_count(keep: Any, num_columns: int) -> int:
+def check_always(
+    op: str, always: Any, shape: torch.Size, device: torch.device, source: str
+) -> None:
+    """Check the blocks that are kept whatever their score: bool that broadcasts to `shape`."""
+    if always is None:
+        return
+    checks.require_tensor(op, "always", always)
+    checks.require_dtype(op, "always", always, torch.bool)
+    checks.require_device(op, "always", always, device, source)
+    try:
+        always.expand(shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{op}: always {checks.describe(always)}; expected a shape that broadcasts "
+            f"to {list(shape)} (from {source})"
+        ) from error
+
+
+def keep_count(keep: Any, num_columns: int, op: str = _OP) -> int:
     """Return how many of `num_columns` blocks a row keeps: a count, or a fraction rounded up."""
     rule = "an int >= 0 or a float in (0, 1]"
     if isinstance(keep, bool) or not isinstance(keep, (int, float, torch.SymInt)):
-        raise TypeError(f"{_OP}: keep {checks.describe(keep)}; expected {rule}")
+        raise TypeError(f"{op}: keep {checks.describe(keep)}; expected {rule}")
     if isinstance(keep, float):
         if not 0 < keep <= 1:
-            raise ValueError(f"{_OP}: keep is {keep}; expected {rule}")
+            raise ValueError(f"{op}: keep is {keep}; expected {rule}")
         # as a ratio of whole numbers: 0.28 of 25 is 7, although 0.28 * 25 comes to a little more
         share = Fraction(keep).limit_denominator(10**6)
         numerator = share.numerator or 1  # smaller than a millionth: the least there is
         return -(-num_columns * numerator // (share.denominator if share.numerator else 10**6))
     if keep < 0:
-        raise ValueError(f"{_OP}: keep is {keep}; expected {rule}")
+        raise ValueError(f"{op}: keep is {keep}; expected {rule}")
     return keep if keep < num_columns else num_columns  # type: ignore[return-value]
-
-
-def top_blocks(scores: Tensor, count: int) -> Tensor:
-    """Return bool like `scores`: the `count` highest of every row, ties to the lowest index."""
-    if count == 0 or scores.shape[-1] == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    scores = scores.masked_fill(scores.isnan(), -math.inf)
-    bar = scores.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-    above, level = scores > bar, scores == bar
-    room = count - above.sum(-1, keepdim=True, dtype=torch.int32)
-    kept = above | (level & (level.cumsum(-1, dtype=torch.int32) <= room))
-    return kept & (scores > -math.inf)
 
 
 def _bind_blocks(
