@@ -1,11 +1,14 @@
-"""Launch parameters of block selection. Every table is unmeasured: chosen from compiled resources.
+"""Launch parameters of block selection, chosen from compiled resources; MEASURED says which not.
 
-They hold for all GPUs: the kernels read each value once or from cache and use little of a chip.
+A row serves every GPU: the kernels hold little at a time and wait for memory.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+# table -> row capability -> "GPU, torch, Triton, date"
+MEASURED: dict[str, dict[int, str]] = {}
 
 
 class SelectRow(NamedTuple):
@@ -30,13 +33,13 @@ class PoolRow(NamedTuple):
 
 
 # fmt: off
-# unmeasured  num_ids  chunk  warps  stages
+#             num_ids  chunk  warps  stages
 SELECT = (
     SelectRow(   1024,  1024,     4,      1),
     SelectRow(   None,  2048,     8,      2),
 )
 
-# unmeasured D  tile  warps  stages
+#              D  tile  warps  stages
 POOL = (
     PoolRow(   64,   64,     4,      1),
     PoolRow(  128,   32,     4,      1),

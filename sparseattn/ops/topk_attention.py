@@ -120,9 +120,9 @@ def topk_attention(
         to keep, weights or masks. Differentiable once, except with impl="reference".
 
     Reference:
-        VSA: Faster Video Diffusion with Trainable Sparse Attention (2025), arXiv:2505.13389,
-        section 2: coarse attention of pooled blocks chooses blocks; here its scores enter the fine
-        attention itself. XAttention (2025), arXiv:2503.16428, for the cumulative share.
+        VSA: Faster Video Diffusion with Trainable Sparse Attention (2025), arXiv:2505.13389: pooled
+        blocks choose blocks. Here their scores enter the logits, not a second attention; formulas
+        in docs/math/topk_attention.md.
     """
     q, k, v = attention_checks.check_qkv(_OP, q, k, v)
     scale = attention_checks.check_scale(_OP, scale, q)

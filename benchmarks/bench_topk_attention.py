@@ -1,0 +1,72 @@
+"""Top-k attention against dense attention: pooling, choice and lists are in every time.
+
+Queries and keys are normal, so every row keeps as many blocks, all over the sequence. The peer is
+FlexAttention with the same choice made by torch.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from sparseattn import topk_attention
+from sparseattn.benchmarks.attention import (
+    attention_rows,
+    attention_work,
+    dense_baselines,
+    flex_providers,
+    qkv,
+)
+from sparseattn.benchmarks.bench_block_sparse_attention import flex_mask
+from sparseattn.benchmarks.registry import Benchmark, Case, Problem, Provider
+
+
+def build(case: Case) -> Problem:
+    """Make q, k, v, and everybody who can attend to the best blocks of every row."""
+    q, k, v = qkv(case)
+    tokens, block = case["tokens"], case["block"]
+    keep = case.share("density")
+    attend = partial(topk_attention, keep=keep, block_size=block)
+    mask = attend(q.detach(), k.detach(), v.detach(), return_mask=True)[1]
+    density = float(mask.density())
+    kept = mask.block_states() != -1
+
+    def choose() -> Any:
+        pooled = (x.detach().float().unflatten(2, (-1, block)).mean(3) for x in (q, k))
+        pooled_q, pooled_k = pooled
+        count = mask.rows.capacity // mask.num_q_blocks
+        return flex_mask(pooled_q @ pooled_k.mT, count, tokens, block)
+
+    def reference(rows: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shown = kept[:, :, rows // block].repeat_interleave(block, 3)[..., :tokens]
+        return attention_rows(rows, q, k, v, shown)
+
+    return Problem(
+        inputs=(q, k, v),
+        providers=(
+            Provider("sparseattn", attend, ours=True),
+            *flex_providers(case, q, k, choose, lambda: mask.to_flex()),
+            *dense_baselines(case, q, k),
+        ),
+        reference=reference,
+        work=attention_work(q, k, density * q.shape[0] * q.shape[1] * tokens**2),
+        density=density,
+    )
+
+
+BENCHMARK = Benchmark(
+    op="topk_attention",
+    build=build,
+    axes={
+        "batch": (1,),
+        "heads": (6,),
+        "head_dim": (64,),
+        "block": (64,),
+        "tokens": (1024, 4096, 16384),
+        "density": (0.1, 0.25, 0.5, 1.0),
+    },
+    cuda_axes={"heads": (16,), "tokens": (1024, 4096, 16384, 32768)},
+    small={"heads": (2,), "head_dim": (16,), "tokens": (256,), "density": (0.5,)},
+)
