@@ -52,9 +52,8 @@ cubins-all: $(READY) $(OLD_TRITON)/.installed
 	PYTHONPATH=benchmarks $(BIN)/python -m cubins --all --json build/cubins/pinned.json
 	PYTHONPATH=$(OLD_TRITON):benchmarks $(BIN)/python -m cubins --all --json build/cubins/old.json
 
-# A script in benchmarks/ may import its neighbours, so its own folder (not the root) goes on sys.path.
 bench: $(READY)
-	env -u PYTHONSAFEPATH $(BIN)/python benchmarks/bench_$(OP).py $(BENCH_ARGS)
+	$(BIN)/python -m sparseattn bench $(OP) $(BENCH_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

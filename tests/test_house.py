@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     {"__main__"},
     {"cli"},
+    {"benchmarks"},  # a link, as kernels is; its files lie beside the package
     {"training"},
     {"data", "viz"},
     {"models"},
@@ -192,6 +193,7 @@ BAD = [  # rule, file, source, what the error must mention
     ("floors", "sparseattn/layers/x.py", "import sparseattn", "__init__"),
     ("floors", "sparseattn/layers/x.py", "import sparseattn.kernels.launch", "kernels"),
     ("floors", "sparseattn/ops/x.py", "from kernels import launch", "Hugging Face"),
+    ("floors", "sparseattn/viz/x.py", "from sparseattn.benchmarks import runner", "benchmarks"),
     ("floors", "sparseattn/helpers.py", "", "no floor"),
     ("floors", "kernels/x/a.py", "from sparseattn.kernels import launch", "relatively"),
     ("floors", "kernels/x/a.py", "from ...ops import a", "outside"),
@@ -287,9 +289,10 @@ def test_kernels_folder_does_not_shadow_the_package_of_that_name():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_kernels_link_is_committed_as_a_link():
-    link = ROOT / "sparseattn" / "kernels"
-    assert link.is_symlink() and Path(os.readlink(link)) == Path("../kernels")
+@pytest.mark.parametrize("name", ["kernels", "benchmarks"])
+def test_folder_beside_the_package_is_committed_as_a_link(name):
+    link = ROOT / "sparseattn" / name
+    assert link.is_symlink() and Path(os.readlink(link)) == Path("..", name)
 
 
 # One name, five places and one row.

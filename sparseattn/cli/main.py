@@ -10,9 +10,9 @@ import argparse
 from collections.abc import Sequence
 
 from sparseattn import __version__
-from sparseattn.cli import demo, info
+from sparseattn.cli import bench, demo, info
 
-COMMANDS = (demo, info)
+COMMANDS = (bench, demo, info)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,174 @@
+"""What an op gives to be measured: its axes, its providers, a reference, and a model of its work.
+
+A file `bench_<op>.py` beside this one holds `BENCHMARK = Benchmark(...)`; that is all it takes to
+be found. `build` makes one `Problem` from one `Case`, a point on the axes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PREFIX = "bench_"
+Axes = Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point on the axes, in one dtype, on one device. `case["tokens"]` reads an axis."""
+
+    axes: Mapping[str, float]
+    dtype: torch.dtype
+    device: torch.device
+    seed: int = 0
+
+    def __getitem__(self, axis: str) -> int:
+        """Return the value of an axis of whole numbers."""
+        return int(self.axes[axis])
+
+    def share(self, axis: str) -> float:
+        """Return the value of an axis of fractions, such as a density."""
+        return float(self.axes[axis])
+
+    def generator(self) -> torch.Generator:
+        """Return a random generator on the device, the same for every provider."""
+        return torch.Generator(self.device).manual_seed(self.seed)
+
+    def __str__(self) -> str:
+        """Say the axes and the dtype in one line."""
+        axes = " ".join(f"{axis}={value:g}" for axis, value in self.axes.items())
+        return f"{axes} {dtype_name(self.dtype)}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What any implementation has to do: operations that count, and bytes moved at least once.
+
+    dense_flops is what the dense op of the same sizes takes in its forward.
+    """
+
+    flops: float
+    bytes: float
+    backward_flops: float
+    backward_bytes: float
+    dense_flops: float
+
+    def of(self, mode: str) -> tuple[float, float, float]:
+        """Return (flops, dense flops, bytes) of a mode; an index is not counted as work."""
+        forward = (self.flops, self.dense_flops, self.bytes)
+        factor = self.backward_flops / self.flops if self.flops else 0.0
+        backward = (self.backward_flops, self.dense_flops * factor, self.backward_bytes)
+        if mode == "forward":
+            return forward
+        if mode == "backward":
+            return backward
+        flops, dense, moved = (a + b for a, b in zip(forward, backward, strict=True))
+        return flops, dense, moved
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation.
+
+    name: as it is printed and chosen with --providers.
+    call: (*inputs) -> out, or (*inputs, index()) -> out with an index.
+    index: builds what the call reads beside its inputs: a mask, block lists, a kernel map.
+    ours: a wrong result of this one fails the run; of another it is only not timed.
+    dense: a baseline; speed-ups are over the fastest of these.
+    backward: whether it has one; `inputs` then get their gradients checked too.
+    reference: what it computes, where that is not what the problem computes (dense baselines).
+    unavailable: why it cannot run here (empty: it can).
+    scratch_bytes: roughly what it needs at once, where that may be too much for the machine.
+    """
+
+    name: str
+    call: Callable[..., Tensor]
+    index: Callable[[], Any] | None = None
+    ours: bool = False
+    dense: bool = False
+    backward: bool = True
+    reference: Callable[..., Tensor] | None = None
+    unavailable: str = ""
+    scratch_bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One case made real.
+
+    inputs: tensors; those that require grad are differentiated.
+    providers: who runs it, ours among them.
+    reference: (rows, *inputs) -> out[..., rows, :], naive and differentiable, in the dtype of the
+        inputs; `rows` is an int64 tensor of places in the second-last dimension of the output.
+    density: the share of the dense work that the problem really has.
+    """
+
+    inputs: tuple[Tensor, ...]
+    providers: tuple[Provider, ...]
+    reference: Callable[..., Tensor]
+    work: Work
+    density: float = 1.0
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """An op as the runner knows it.
+
+    axes: name -> default values; every combination is one case. `density`, where there is one, is
+        the axis of break-even, and `tokens` that of the plots over length.
+    cuda_axes: other defaults on a GPU.
+    small: values for the tests, which run every provider in moments on a CPU.
+    """
+
+    op: str
+    build: Callable[[Case], Problem]
+    axes: Axes
+    small: Axes
+    cuda_axes: Axes = field(default_factory=dict)
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+
+    def cases(
+        self, device: torch.device, dtypes: tuple[str, ...], changes: Axes, seed: int = 0
+    ) -> Iterator[Case]:
+        """Return every combination of the axes; `changes` replace the defaults.
+
+        Raises:
+            ValueError: a change names no axis of this op.
+        """
+        unknown = [axis for axis in changes if axis not in self.axes]
+        if unknown:
+            known = ", ".join(self.axes)
+            raise ValueError(f"{self.op}: there is no axis {unknown[0]!r}; expected one of {known}")
+        own = self.cuda_axes if device.type == "cuda" else {}
+        axes = {**self.axes, **own, **changes}
+        for dtype in dtypes or self.dtypes:
+            for values in itertools.product(*axes.values()):
+                point = dict(zip(axes, values, strict=True))
+                yield Case(point, getattr(torch, dtype), device, seed)
+
+
+def ops() -> list[str]:
+    """Return the names of all ops that have a benchmark."""
+    from sparseattn import benchmarks
+
+    names = (module.name for module in pkgutil.iter_modules(benchmarks.__path__))
+    return sorted(name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX))
+
+
+def load(op: str) -> Benchmark:
+    """Import the benchmark of an op."""
+    module = importlib.import_module(f"sparseattn.benchmarks.{PREFIX}{op}")
+    benchmark: Benchmark = module.BENCHMARK
+    return benchmark
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")

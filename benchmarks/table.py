@@ -1,0 +1,140 @@
+"""Records as text: a table a case, and where sparse stops to win."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+from sparseattn.benchmarks.runner import Record
+
+HEAD = (
+    "provider", "forward ms (p20-p80)", "backward ms", "both ms (p20-p80)", "index ms", "full ms",
+    "gain fwd", "gain full", "TFLOP/s useful", "dense-eq.", "GB/s", "x floor", "peak MB", "error",
+)  # fmt: skip
+
+
+def case_table(records: Sequence[Record]) -> str:
+    """Return the table of one case: a line a provider, and why the others have none."""
+    rows: list[tuple[str, ...]] = [HEAD]
+    notes = []
+    for name in dict.fromkeys(record["provider"] for record in records):
+        modes = {r.get("mode"): r for r in records if r["provider"] == name}
+        if None in modes:
+            notes.append(f"  {name}: {modes[None]['note']}")
+        else:
+            rows.append((name, *cells(modes)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+    return "\n".join([title(records[0]), *lines, *notes])
+
+
+def title(record: Record) -> str:
+    """Say what a record was measured on."""
+    axes = " ".join(f"{axis}={value:g}" for axis, value in record["case"].items())
+    return f"{record['op']} {record['dtype']} {axes} (density {record['density']:.3f})"
+
+
+def cells(modes: dict[str | None, Record]) -> list[str]:
+    """Return what stands under HEAD, but for the name; pairs are forward / forward + backward."""
+    forward, backward, both = (modes.get(mode, {}) for mode in ("forward", "backward", "both"))
+    full = modes.get("full", both)
+    some = next(iter(modes.values()))
+    return [
+        _span(forward),
+        number(backward.get("p50")),
+        _span(both),
+        number(modes.get("index", {}).get("p50")),
+        number(full.get("p50")),
+        gain(forward),
+        gain(full),
+        *(_pair(forward, both, key) for key in ("useful_tflops", "dense_tflops", "gbps")),
+        _pair(forward, both, "floor_ratio"),
+        number(some["peak_bytes"] / 1e6),
+        f"{some['error']:.2f}",
+    ]
+
+
+def number(value: float | None) -> str:
+    """Three significant digits; "-" where nothing was measured."""
+    if value is None:
+        return "-"
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    value = float(f"{value:.3g}")
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:.{min(digits, 4)}f}"
+
+
+def gain(record: Record) -> str:
+    """Return "2.41x"; an exclamation mark where dense attention wins."""
+    speedup = record.get("speedup")
+    if speedup is None:
+        return "-"
+    return f"{number(speedup)}x" + ("!" if speedup < 1 else "")
+
+
+def _span(record: Record) -> str:
+    if not record:
+        return "-"
+    return f"{number(record['p50'])} ({number(record['p20'])}-{number(record['p80'])})"
+
+
+def _pair(forward: Record, both: Record, key: str) -> str:
+    return f"{number(forward.get(key))} / {number(both.get(key))}"
+
+
+def by_case(records: Iterable[Record]) -> list[list[Record]]:
+    """Group records by op, dtype and case, in the order in which they come."""
+    found: dict[tuple, list[Record]] = {}
+    for record in records:
+        key = (record["op"], record["dtype"], tuple(record["case"].items()))
+        found.setdefault(key, []).append(record)
+    return list(found.values())
+
+
+def sweeps(records: Iterable[Record], axis: str) -> dict[tuple, list[Record]]:
+    """Group the measured records by all but one axis, and sort each group along it.
+
+    A key is (op, dtype, the other axes, provider, mode); a group of one point is no sweep.
+    """
+    found: dict[tuple, list[Record]] = {}
+    for record in records:
+        if record.get("mode") and axis in record["case"]:
+            others = tuple((a, v) for a, v in record["case"].items() if a != axis)
+            key = (record["op"], record["dtype"], others, record["provider"], record["mode"])
+            found.setdefault(key, []).append(record)
+    return {
+        key: sorted(group, key=lambda record: float(record["case"][axis]))
+        for key, group in found.items()
+        if len({record["case"][axis] for record in group}) > 1
+    }
+
+
+def break_even(records: Iterable[Record]) -> str:
+    """Return the density below which it wins, between measured ones on logarithmic scales."""
+    points = sorted((r["density"], r["speedup"]) for r in records if "speedup" in r)
+    if not points:
+        return "not measured"
+    if points[0][1] < 1:
+        return f"below {points[0][0]:.2g}"
+    for (low, above), (high, below) in pairwise(points):
+        if below < 1:
+            share = math.log(above) / (math.log(above) - math.log(below))
+            return f"{low * (high / low) ** share:.2f}"
+    return f"above {points[-1][0]:.2g}"
+
+
+def break_even_lines(records: Iterable[Record]) -> list[str]:
+    """Say for every sweep over density where our op stops to win."""
+    lines = []
+    found = sweeps((record for record in records if record["ours"]), "density")
+    for (op, dtype, others, provider, mode), group in found.items():
+        if mode in ("forward", "both", "full"):
+            axes = " ".join(f"{axis}={value:g}" for axis, value in others)
+            name = f"{op} {dtype} {axes} {provider} {mode}"
+            lines.append(f"{name}: break-even density {break_even(group)}")
+    return lines

@@ -1,0 +1,84 @@
+"""Every registered op at its small size: it is found, right, timed, and says what it cannot run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparseattn.benchmarks import registry
+from sparseattn.benchmarks.registry import Benchmark, Case
+from sparseattn.benchmarks.runner import Record, Settings, run_case
+from sparseattn.benchmarks.timing import CpuTimer
+
+CPU = torch.device("cpu")
+RATES: Record = {"matmul_tflops": {"float32": 0.1, "bfloat16": 0.2}, "copy_gbps": 10.0}
+QUICK = Settings(rounds=2, warmup=1, seconds=0.5, memory_bytes=2e8)
+
+
+def small_case(benchmark: Benchmark, dtype: str = "float32") -> Case:
+    """The first case at the small size."""
+    axes = {axis: values[:1] for axis, values in {**benchmark.axes, **benchmark.small}.items()}
+    return next(benchmark.cases(CPU, (dtype,), axes))
+
+
+def run_small(op: str, dtype: str, providers: tuple[str, ...]) -> list[Record]:
+    benchmark = registry.load(op)
+    settings = Settings(**{**QUICK.__dict__, "providers": providers})
+    return run_case(benchmark, small_case(benchmark, dtype), RATES, CpuTimer(), settings)
+
+
+def test_ops_are_found_by_the_names_of_their_files() -> None:
+    assert "block_sparse_attention" in registry.ops()
+    assert all(registry.load(op).op == op for op in registry.ops())
+
+
+@pytest.mark.parametrize("op", registry.ops())
+def test_every_provider_runs_or_says_why_not(op: str) -> None:
+    benchmark = registry.load(op)
+    providers = benchmark.build(small_case(benchmark)).providers
+    names = tuple(p.name for p in providers if not p.name.endswith("compiled"))  # 10 s each
+    records = run_small(op, "float32", names)
+    assert {record["provider"] for record in records} == set(names)
+    assert not any(record.get("wrong") for record in records)
+    ours = {record["mode"]: record for record in records if record["ours"]}
+    assert "forward" in ours
+    for record in ours.values():
+        assert 0 < record["p20"] <= record["p50"] <= record["p80"]
+        assert record["error"] <= 1 and record["peak_bytes"] > 0
+        if record["mode"] != "index":
+            assert record["floor_ms"] > 0 and record["useful_tflops"] > 0
+    if any(record["dense"] and record.get("mode") for record in records):
+        assert ours["forward"]["speedup"] > 0
+
+
+@pytest.mark.slow
+def test_compiled_flex_attention_computes_the_same() -> None:
+    (record, *_) = run_small("block_sparse_attention", "float32", ("flex-compiled",))
+    assert record.get("note") == "needs a C++ compiler" or record["error"] < 2
+
+
+def test_bfloat16_keeps_the_rule_too() -> None:
+    names = ("sparseattn", "sdpa-flash", "sdpa-math", "flex-eager")
+    records = run_small("block_sparse_attention", "bfloat16", names)
+    assert not [record for record in records if record.get("wrong")]
+
+
+def test_a_provider_that_needs_too_much_memory_is_left_out() -> None:
+    benchmark = registry.load("block_sparse_attention")
+    settings = Settings(providers=("sdpa-math",), memory_bytes=1.0)
+    records = run_case(benchmark, small_case(benchmark), RATES, CpuTimer(), settings)
+    assert [record.get("mode") for record in records] == [None]
+    assert "the bound is" in records[0]["note"] and not records[0]["wrong"]
+
+
+def test_work_of_block_sparse_attention() -> None:
+    benchmark = registry.load("block_sparse_attention")
+    problem = benchmark.build(small_case(benchmark))
+    q = problem.inputs[0]
+    pairs = 0.5 * 2 * 256**2
+    assert problem.density == 0.5
+    flops, dense, moved = problem.work.of("forward")
+    assert (flops, dense) == (4 * 16 * pairs, 2 * 4 * 16 * pairs)
+    assert moved == 4 * q.numel() * 4 + 4 * 2 * 256
+    assert problem.work.of("backward")[:2] == (2.5 * flops, 2.5 * dense)
+    assert problem.work.of("both")[:2] == problem.work.of("full")[:2] == (3.5 * flops, 3.5 * dense)
