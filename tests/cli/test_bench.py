@@ -72,9 +72,8 @@ def test_no_case_starts_after_the_minutes_are_over(
 
 
 def test_small_sizes_give_way_to_shapes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(["bench", OP, "--small", "--shapes", "tokens=128", "--device", "cpu", "--list"]) == 0
-    )
+    options = ["--small", "--shapes", "tokens=128", "--device", "cpu", "--list"]
+    assert main(["bench", OP, *options]) == 0
     printed = capsys.readouterr().out
     assert "  tokens = 128\n" in printed and "  head_dim = 16\n" in printed
 

@@ -112,7 +112,7 @@ def test_reasons_are_those_of_the_op() -> None:
 def test_an_op_without_reasons_is_found_out() -> None:
     def op(q: torch.Tensor, impl: str = "auto") -> None: ...
 
-    with pytest.raises(LookupError, match="op takes impl, but .* no function unsupported"):
+    with pytest.raises(LookupError, match=r"op takes impl, but .* no function unsupported"):
         info.usable(op, torch.device("cpu"))
 
 

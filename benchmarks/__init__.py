@@ -1,1 +1,0 @@
-"""The benchmark runner, one `bench_<op>.py` an op, and the results that were measured."""
