@@ -9,7 +9,8 @@ import pytest
 
 import sparseattn
 
-PUBLIC = ["BlockMask", "block_sparse_attention", "topk_attention"]  # a change here is a line for CHANGELOG.md
+# a change here is a line for CHANGELOG.md
+PUBLIC = ["BlockMask", "block_sparse_attention", "topk_attention"]
 OPS = [name for name in PUBLIC if inspect.isfunction(getattr(sparseattn, name, None))]
 
 SECTIONS = ["Args", "Returns", "Raises", "Notes", "Reference"]
