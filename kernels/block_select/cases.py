@@ -21,16 +21,16 @@ def cases(capability: int) -> Iterator[Case]:
         for loaded in (False, True):
             name = f"{num_ids} blocks{', loaded' if loaded else ''}"
             yield Case("block_select_kernel", row, name, partial(_select, num_ids, loaded))
-    for row in tuning.POOL:
+    for pool_row in tuning.POOL:
         for dtype, kind, weighted in (
             (torch.bfloat16, "mean", False),
             (torch.bfloat16, "max", True),
             (torch.float32, "mean", True),
         ):
-            name = f"{'bf16' if dtype == torch.bfloat16 else 'fp32'} D {row.head_dim}, {kind}"
-            launch = partial(_pool, row.head_dim, dtype, kind, weighted)
+            name = f"{'bf16' if dtype == torch.bfloat16 else 'fp32'} D {pool_row.head_dim}, {kind}"
+            launch = partial(_pool, pool_row.head_dim, dtype, kind, weighted)
             for kernel in ("block_pool_fwd_kernel", "block_pool_bwd_kernel"):
-                yield Case(kernel, row, name + (", weights" if weighted else ""), launch)
+                yield Case(kernel, pool_row, name + (", weights" if weighted else ""), launch)
 
 
 def _build() -> None:

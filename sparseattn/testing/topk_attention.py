@@ -76,7 +76,8 @@ def make(
     options |= {"pooling": spec.pooling, "gate": spec.gate, "scale": base.scale}
     options["key_mask"] = made.key_mask
     grid = (-(-q_len // base.block_size[0]), -(-k_len // base.block_size[1]))
-    q, keep = made.q, spec.keep
+    q = made.q
+    keep: Any = spec.keep
     if keep == "rows":
         keep = torch.randint(0, grid[1] + 2, (1, heads, grid[0]), generator=random)
         keep = keep.to(device)
