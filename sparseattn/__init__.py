@@ -6,7 +6,8 @@ Importing this package imports neither Triton nor a GPU driver; kernels load on 
 from sparseattn.ops.block_sparse_attention import block_sparse_attention
 from sparseattn.ops.topk_attention import topk_attention
 from sparseattn.structures.block_mask import BlockMask
+from sparseattn.structures.tile_order import TileOrder
 
 __version__ = "0.1.0"
 
-__all__ = ["BlockMask", "block_sparse_attention", "topk_attention"]
+__all__ = ["BlockMask", "TileOrder", "block_sparse_attention", "topk_attention"]

@@ -10,7 +10,7 @@ import pytest
 import sparseattn
 
 # a change here is a line for CHANGELOG.md
-PUBLIC = ["BlockMask", "block_sparse_attention", "topk_attention"]
+PUBLIC = ["BlockMask", "TileOrder", "block_sparse_attention", "topk_attention"]
 OPS = [name for name in PUBLIC if inspect.isfunction(getattr(sparseattn, name, None))]
 
 SECTIONS = ["Args", "Returns", "Raises", "Notes", "Reference"]

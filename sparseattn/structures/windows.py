@@ -1,4 +1,4 @@
-"""Windows of a 1-D, 2-D or 3-D grid of tokens in raster order, with class tokens in front."""
+"""Windows of a 1-D, 2-D or 3-D grid of tokens, in any order, with class tokens in front."""
 
 from __future__ import annotations
 
@@ -16,24 +16,36 @@ from sparseattn.structures.block_mask import BlockMask, check_geometry
 _OP = "BlockMask.window"
 
 
-def window(shape: Any, radius: Any, block_size: Any, prefix: Any) -> BlockMask:
-    """Build ``BlockMask.window`` on the host; cost and memory follow the visible blocks."""
+def window(
+    shape: Any, radius: Any, block_size: Any, prefix: Any, order: np.ndarray | None = None
+) -> BlockMask:
+    """Build ``BlockMask.window`` on the host; cost and memory follow the visible blocks.
+
+    order: the token (prefix, then raster order) at each place; default its own place.
+    """
     grid, reach = _axes(shape, radius)
     checks.require_int(_OP, "prefix", prefix, low=0)
     length = prefix + int(np.prod(grid))
     geometry = check_geometry(length, length, block_size)
     block_q, block_k = geometry
     num_columns = -(-length // block_k)
+    tokens = np.arange(length) if order is None else order
+    block_of = np.empty_like(tokens)  # of every token
+    block_of[tokens] = np.arange(length) // block_k
     states = np.full((-(-length // block_q), num_columns), EMPTY_BLOCK, dtype=np.int32)
     bits = bits_of.words_per_row(block_k) * BITS_PER_WORD
     words = [np.zeros((0, block_q, bits // BITS_PER_WORD), dtype=np.int32)]
     slot = 0
     for row, start in enumerate(range(0, length, block_q)):
-        queries = np.arange(start, min(start + block_q, length))
-        columns = _candidates(queries, grid, reach, prefix, block_k, num_columns)
+        queries = tokens[start : start + block_q]
+        if order is None:
+            columns = _candidates(queries, grid, reach, prefix, block_k, num_columns)
+        else:
+            columns = _box_candidates(queries, grid, reach, prefix, block_of)
         keys = (columns[:, None] * block_k + np.arange(block_k)).ravel()
         inside = keys < length
-        visible = _visible(queries, np.minimum(keys, length - 1), grid, reach, prefix) & inside
+        seen = tokens[np.minimum(keys, length - 1)]
+        visible = _visible(queries, seen, grid, reach, prefix) & inside
         blocks = visible.reshape(len(queries), len(columns), block_k).swapaxes(0, 1)
         kept = blocks.sum((1, 2))
         full = (kept > 0) & (kept == len(queries) * inside.reshape(-1, block_k).sum(1))
@@ -99,6 +111,25 @@ def _candidates(
         last = prefix + int(np.ravel_multi_index((*line, highs[-1]), grid))
         blocks.append(np.arange(first // block_k, last // block_k + 1))
     return np.unique(np.concatenate(blocks))
+
+
+def _box_candidates(
+    queries: np.ndarray,
+    grid: tuple[int, ...],
+    reach: tuple[int, ...],
+    prefix: int,
+    block_of: np.ndarray,
+) -> np.ndarray:
+    """Return the key blocks with a token in reach of the queries' bounding box, ascending."""
+    if (queries < prefix).any():
+        return np.unique(block_of)
+    places = np.unravel_index(queries - prefix, grid)
+    box = [
+        np.arange(max(0, int(p.min()) - r), min(size, int(p.max()) + r + 1))
+        for p, r, size in zip(places, reach, grid, strict=True)
+    ]
+    near = prefix + np.ravel_multi_index(np.ix_(*box), grid)
+    return np.unique(np.concatenate((block_of[:prefix], block_of[near.ravel()])))
 
 
 def _visible(
