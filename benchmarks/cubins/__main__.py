@@ -1,6 +1,6 @@
 """`make cubins`: compile, judge, print, and store what was found.
 
-    python -m cubins [--all] [--capability 90] [--only TEXT] [--json FILE]
+    python -m cubins [--all] [--capability 90] [--only TEXT] [--processes N] [--json FILE]
 
 Run it with benchmarks/ on the path, and with the Triton that is to compile in front of it. The exit
 code is 1 if a row is not fit to ship, or a kernel or a row is reached by no case.
@@ -44,6 +44,7 @@ def main() -> int:
     parser.add_argument("--capability", type=int, action="append", choices=families.CAPABILITIES)
     parser.add_argument("--only", default="", help="kernels and inputs that contain this text")
     parser.add_argument("--package", default="sparseattn.kernels", help="where families are")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, help="store the records here")
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
@@ -56,7 +57,7 @@ def main() -> int:
     jobs = [job for job in jobs if args.only in _label(job)]
     processes = multiprocessing.get_context("spawn")  # a fork after torch has threads may hang
     records = []
-    workers = max(1, min(os.cpu_count() or 1, len(jobs)))
+    workers = max(1, min(args.processes, len(jobs)))
     with ProcessPoolExecutor(workers, mp_context=processes) as pool:
         for record in pool.map(gate.run, jobs):
             records.append(record)

@@ -63,4 +63,4 @@ def _why(mine: list[Any], holding: list[Any], proven: list[str]) -> str:
         return "unproven: its numbers were never checked"
     if mine:
         return "unproven: changed since it was proven"
-    return "unproven: never run on a GPU"
+    return "unproven: no result of a GPU names it"

@@ -61,7 +61,7 @@ def test_a_kernel_is_unproven_after_a_change_of_one_line(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("records", "why"),
     [
-        ([], "never run on a GPU"),
+        ([], "no result of a GPU names it"),
         ([record(check="repeat")], "its numbers were never checked"),
         ([record("wrong")], "numbers of block_sparse_attention wrong on nvidia-h100"),
         ([record(), record("wrong", "repeat")], "repeat of block_sparse_attention wrong on nvidia"),
