@@ -24,7 +24,7 @@ help:
 	@echo "make check   lint, format and types; changes nothing"
 	@echo "make fix     lint and format, mending what can be mended"
 	@echo "make cubins  compile the launch rows of all kernels for sm_80, sm_90, sm_100; needs no GPU"
-	@echo "make cubins-all  the same with every feature of a row, and with both versions of Triton"
+	@echo "make cubins-all  the same with every feature of a row; writes docs/cubins.md"
 	@echo "make bench   one benchmark: make bench OP=block_sparse_attention"
 	@echo "make clean   remove what the others wrote, except .venv"
 
@@ -51,6 +51,7 @@ cubins: $(READY) $(OLD_TRITON)/.installed
 cubins-all: $(READY) $(OLD_TRITON)/.installed
 	PYTHONPATH=benchmarks $(BIN)/python -m cubins --all --json build/cubins/pinned.json
 	PYTHONPATH=$(OLD_TRITON):benchmarks $(BIN)/python -m cubins --all --json build/cubins/old.json
+	PYTHONPATH=benchmarks $(BIN)/python -m cubins.table build/cubins/pinned.json build/cubins/old.json
 
 bench: $(READY)
 	$(BIN)/python -m sparseattn bench $(OP) $(BENCH_ARGS)

@@ -20,7 +20,7 @@ from typing import Any
 
 import triton
 
-from cubins import families, gate
+from cubins import families, gate, table
 from sparseattn.testing import sources
 
 
@@ -70,6 +70,9 @@ def main() -> int:
     seconds = time.monotonic() - start
     print(f"Triton {triton.__version__}: {len(records) - bad} launches fit, {bad} do not; "
           f"{len(missing)} missing; {seconds:.0f} s")  # fmt: skip
+    shown = table.PAGE.read_text(encoding="utf-8") if table.PAGE.exists() else ""
+    if changed := table.stale(shown, sources.kernel_hashes()):
+        print(f"docs/cubins.md shows no or another source of {', '.join(changed)}: make cubins-all")
     return 1 if bad or missing else 0
 
 

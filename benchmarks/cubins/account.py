@@ -27,7 +27,7 @@ class Chip(NamedTuple):
 
 
 # 80: A100; a block of its rows must also fit 8.6, 8.9 and 12.0, whose shared memory is smaller.
-# 90: H100; HMMA at 0.63 of HGMMA's rate: Luo et al., Benchmarking and Dissecting the NVIDIA Hopper
+# 90: H100; HMMA at 0.63 of the peak: Luo et al., Benchmarking and Dissecting the NVIDIA Hopper
 #     GPU Architecture via Microbenchmarking, arXiv:2402.13499.
 # 100: B200; HMMA is taken to be as fast as on an A100, for want of a source.
 CHIPS = {

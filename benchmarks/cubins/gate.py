@@ -32,6 +32,7 @@ def run(job: Job) -> dict[str, Any]:
         "kernel": case.kernel,
         "capability": job.capability,
         "row": _row_text(case.row),
+        "row_id": repr(case.row),
         "inputs": case.inputs,
         "allowed": getattr(case.row, "spills", 0),
     }
@@ -150,11 +151,12 @@ def _row_faults(case: Case, launch: capture.Launch) -> list[str]:
 
 
 def _row_text(row: Any) -> str:
-    """Return `128 x 64, 8 warps, 3 stages` for a row."""
+    """Return `128 x 64, 8 warps, 3 stages`, and the names of what is True in the row."""
     launch = getattr(row, "launch", row)
     sizes = [f for f in getattr(launch, "_fields", ()) if f.startswith("tile")]
     parts = [" x ".join(str(getattr(launch, size)) for size in sizes)] if sizes else []
     for name, word in (("num_warps", "warps"), ("num_stages", "stages")):
         if hasattr(launch, name):
             parts.append(f"{getattr(launch, name)} {word}")
-    return ", ".join(parts)
+    fields = getattr(row, "_fields", ())
+    return ", ".join([*parts, *(name for name in fields if getattr(row, name) is True)])

@@ -29,6 +29,7 @@ class Form(NamedTuple):
     dtype: torch.dtype
     loaded: bool = False  # grouped heads, a bias, a gate, partial blocks, all gradients
     splits: int = 1
+    tf32: bool = False  # torch's own switch
 
 
 def cases(capability: int) -> Iterator[Case]:
@@ -43,6 +44,8 @@ def cases(capability: int) -> Iterator[Case]:
                 f"D {row.head_dim}, loaded": Form(row.head_dim, dtype, loaded=True),
                 f"D {SPLIT_DIMS[row.head_dim]}": Form(SPLIT_DIMS[row.head_dim], dtype),
             }
+            if row.itemsize == 4:
+                forms[f"D {row.head_dim}, TF32"] = Form(row.head_dim, dtype, tf32=True)
             if table is tuning.FORWARD:
                 forms[f"D {row.head_dim}, split"] = Form(row.head_dim, dtype, splits=2)
             for inputs, form in forms.items():
@@ -55,7 +58,16 @@ def cases(capability: int) -> Iterator[Case]:
 
 
 def _launch(form: Form) -> None:
-    """Forward and backward of 1024 tokens in blocks of 128."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = form.tf32
+    try:
+        _forward_and_backward(form)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _forward_and_backward(form: Form) -> None:
+    """1024 tokens in blocks of 128."""
     q = torch.empty((2, 4, 1024, form.head_dim), dtype=form.dtype, device="cuda")
     k = q[:, :2] if form.loaded else q
     bias = _floats(2, 4, 1024) if form.loaded else None
