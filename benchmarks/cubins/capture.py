@@ -38,6 +38,12 @@ class Launch(NamedTuple):
         given = dict(zip(names, self.arguments, strict=False)) | self.keywords
         return {p.name: given[p.name] for p in self.kernel.params if p.is_constexpr}
 
+    def choices(self) -> dict[str, Any]:
+        """Return what decides the binary, but for types: compile-time values, warps, stages."""
+        names = [param.name for param in self.kernel.params]
+        options = {name: value for name, value in self.keywords.items() if name not in names}
+        return self.constants() | options
+
 
 class _Elsewhere(torch.Tensor):
     """A CPU tensor that says it is on the GPU."""

@@ -23,7 +23,7 @@ def kernels(folder: Path) -> dict[str, dict[str, Any]]:
     records = list(_records(folder))
     found = {}
     for name, present in sources.kernel_hashes().items():
-        mine = [(gpu, record) for gpu, record in records if name in record["kernels"]]
+        mine = [(gpu, record) for gpu, record in records if name in record.get("kernels", {})]
         holding = [(gpu, record) for gpu, record in mine if record["kernels"][name] == present]
         proven = sorted({gpu for gpu, record in holding if _proves(record)} - _refuted(holding))
         found[name] = {"hash": present, "proven": proven, "why": _why(mine, holding, proven)}

@@ -126,6 +126,18 @@ def test_tables_are_unmeasured_until_they_say_where(monkeypatch: pytest.MonkeyPa
     assert "FORWARD" not in unmeasured(tuning)
 
 
+def test_info_needs_no_triton() -> None:
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from sparseattn.cli.main import main; main(['info'])"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "triton      none" in done.stdout
+    assert "not triton: Triton is not installed" in done.stdout
+    assert "block_attention.FORWARD" in done.stdout
+
+
 def test_the_text_says_what_the_data_says(capsys: pytest.CaptureFixture) -> None:
     assert main(["info"]) == 0
     text = capsys.readouterr().out
