@@ -1,8 +1,8 @@
 """Launch tables: how those of a tuning.py are found, and which rows were measured.
 
 A table is a tuple of rows under a name in capitals. `MEASURED` beside it says on which GPU, with
-which versions and when: table -> capability of the rows -> text. What it does not name was not
-measured. This file imports no Triton.
+which versions and when: table -> capability of the rows -> text, with 0 for rows that serve every
+GPU. What it does not name was not measured. This file imports no Triton.
 """
 
 from __future__ import annotations

@@ -146,8 +146,8 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"  {name}: {kernel['why'] or 'proven on ' + ', '.join(kernel['proven'])}"
     yield f"\nLaunch tables with unmeasured rows: {len(found['unmeasured'])}"
     for table, capabilities in found["unmeasured"].items():
-        rows = ", ".join(f"{c // 10}.{c % 10}" for c in capabilities)
-        yield f"  {table}: capability {rows}"
+        names = (f"capability {c // 10}.{c % 10}" if c else "every GPU" for c in capabilities)
+        yield f"  {table}: rows of {', '.join(names)}"
 
 
 def _by(answers: dict[str, list[str]]) -> Iterator[tuple[str, str]]:
