@@ -146,8 +146,8 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"  {name}: {kernel['why'] or 'proven on ' + ', '.join(kernel['proven'])}"
     yield f"\nLaunch tables with unmeasured rows: {len(found['unmeasured'])}"
     for table, capabilities in found["unmeasured"].items():
-        names = (f"capability {c // 10}.{c % 10}" if c else "every GPU" for c in capabilities)
-        yield f"  {table}: rows of {', '.join(names)}"
+        whose = (f"capability {c // 10}.{c % 10}" if c else "every GPU" for c in capabilities)
+        yield f"  {table}: rows of {', '.join(whose)}"
 
 
 def _by(answers: dict[str, list[str]]) -> Iterator[tuple[str, str]]:
