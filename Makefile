@@ -1,4 +1,4 @@
-# make demo | test | check | fix | cubins | bench | clean. The first one run makes .venv and installs what is needed.
+# make demo | test | check | fix | cubins | bench | tables | clean. The first one run makes .venv and installs what is needed.
 #   PYTHON=python3.12      the interpreter .venv is made with, 3.11 or later
 #   PYTEST_ARGS="-k mask"  passed on to pytest        DEMO_ARGS, BENCH_ARGS  likewise
 #   OP=<op>                which benchmark `make bench` runs
@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fix cubins cubins-all bench clean
+.PHONY: help demo test check fix cubins cubins-all bench tables clean
 
 help:
 	@echo "make demo    dense against sparse attention on a chest radiograph; writes demo_output/"
@@ -26,6 +26,7 @@ help:
 	@echo "make cubins  compile the launch rows of all kernels for sm_80, sm_90, sm_100; needs no GPU"
 	@echo "make cubins-all  the same with every feature of a row; writes docs/cubins.md"
 	@echo "make bench   one benchmark: make bench OP=block_sparse_attention"
+	@echo "make tables  the README's tables and the plots, from benchmarks/results"
 	@echo "make clean   remove what the others wrote, except .venv"
 
 demo: $(READY)
@@ -55,6 +56,9 @@ cubins-all: $(READY) $(OLD_TRITON)/.installed
 
 bench: $(READY)
 	$(BIN)/python -m sparseattn bench $(OP) $(BENCH_ARGS)
+
+tables: $(READY)
+	$(BIN)/python -m sparseattn.benchmarks.tables
 
 clean:
 	rm -rf build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

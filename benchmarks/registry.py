@@ -31,7 +31,10 @@ class Case:
 
     def __getitem__(self, axis: str) -> int:
         """Return the value of an axis of whole numbers."""
-        return int(self.axes[axis])
+        value = self.axes[axis]
+        if value != int(value):
+            raise ValueError(f"{axis} is {value:g}; expected a whole number")
+        return int(value)
 
     def share(self, axis: str) -> float:
         """Return the value of an axis of fractions, such as a density."""

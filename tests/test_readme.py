@@ -1,9 +1,12 @@
-"""The quickstart of the README runs as it stands."""
+"""The README: its quickstart runs as it stands, and its speeds are those that were measured."""
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
+
+from sparseattn.benchmarks import tables
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -19,3 +22,14 @@ def test_quickstart_runs() -> None:
     assert torch.equal(names["mask"].rows.counts(), torch.full((1, 6, 16), 3, dtype=torch.int32))
     lines = [line for line in programs[0].splitlines() if line and not line.startswith("#")]
     assert len(lines) <= 10
+
+
+def test_speeds_are_made_from_the_committed_results() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert tables.with_speed(text) == text, "run `make tables` and commit what it writes"
+
+
+@pytest.mark.parametrize("folder", tables.machines(), ids=lambda folder: folder.name)
+def test_pages_are_made_from_the_results_beside_them(folder: Path) -> None:
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    assert tables.page(folder) == page, "run `make tables` and commit what it writes"

@@ -45,7 +45,7 @@ def add_parser(subparsers: Any) -> None:
     add("--rounds", type=int, default=7, help="timed runs of each call (default 7)")
     add("--warmup", type=int, default=2, help="runs before them (default 2)")
     add("--seconds", type=float, default=2.0, help="the most one call may take for all its runs")
-    add("--memory", type=float, metavar="GB", help="scratch a peer may need; default: 1")
+    add("--memory", type=float, metavar="GB", help="scratch a peer may need (1, half a GPU)")
     add("--minutes", type=float, help="start no further case after these")
     add("--small", action="store_true", help="sizes of the tests, where --shapes says nothing")
     add("--seed", type=int, default=0)
@@ -119,12 +119,15 @@ def _changes(shapes: list[str]) -> dict[str, tuple[float, ...]]:
         try:
             changes[axis] = tuple(_value(value) for value in values.split(","))
         except ValueError:
-            raise ValueError(f"--shapes is {shape!r}; expected AXIS=V[,V]") from None
+            raise ValueError(f"--shapes is {shape!r}; expected AXIS=V[,V], V > 0") from None
     return changes
 
 
 def _value(text: str) -> float:
-    return int(text) if text.lstrip("-").isdigit() else float(text)
+    value = int(text) if text.isdigit() else float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
 
 
 def _cases(args: argparse.Namespace, device: Any) -> list[tuple[Any, list[Any]]]:
@@ -187,7 +190,10 @@ def _measure(
         if args.minutes is not None and time.monotonic() - started > 60 * args.minutes:
             print(f"\n--minutes is over: {count} of {len(todo)} cases were run")
             break
-        done = run_case(benchmark, case, about, timer, settings)
+        try:
+            done = run_case(benchmark, case, about, timer, settings)
+        except (TypeError, ValueError) as error:  # of the case: what a provider raises is a note
+            args.parser.error(f"{case}: {error}")
         print("\n" + case_table(done), flush=True)
         records += done
         out.write(records)

@@ -93,6 +93,9 @@ def test_list_names_axes_and_providers(capsys: pytest.CaptureFixture[str]) -> No
         ([OP, "--modes", "sideways"], "--modes is 'sideways'; expected one of forward, "),
         ([OP, "--shapes", "tokens"], "--shapes is 'tokens'; expected AXIS=V[,V]"),
         ([OP, "--shapes", "tokens=many"], "--shapes is 'tokens=many'; expected AXIS=V[,V]"),
+        ([OP, "--shapes", "tokens=0"], "--shapes is 'tokens=0'; expected AXIS=V[,V], V > 0"),
+        ([OP, "--shapes", "tokens=64.5"], "tokens is 64.5; expected a whole number"),
+        ([OP, "--shapes", "block=50"], "block_size is 50; expected one or two multiples of 16"),
         ([OP, "--shapes", "colour=1"], "there is no axis 'colour'; expected one of batch, "),
         ([OP, "--rounds", "0"], "--rounds is 0; expected 1 or more"),
         ([OP, "--seconds", "0"], "--seconds is 0.0; expected more than 0"),
@@ -102,6 +105,7 @@ def test_list_names_axes_and_providers(capsys: pytest.CaptureFixture[str]) -> No
         (["--replay", "a.json", "--list"], "--replay measures nothing"),
     ],
 )
+@pytest.mark.usefixtures("quick_rates")
 def test_bad_options_end_with_code_2(
     options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
