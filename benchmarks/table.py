@@ -66,7 +66,7 @@ def number(value: float | None) -> str:
         return f"{value:g}"
     value = float(f"{value:.3g}")
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:.{min(digits, 4)}f}"
+    return f"{value:.{digits}f}" if digits < 5 else f"{value:.1e}"
 
 
 def gain(record: Record) -> str:

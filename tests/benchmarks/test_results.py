@@ -80,7 +80,15 @@ def test_table_shows_losses_and_why_others_are_missing() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "-"), (0, "0"), (1234.5, "1230"), (99.96, "100"), (9.996, "10.0"), (0.01234, "0.0123")],
+    [
+        (None, "-"),
+        (0, "0"),
+        (1234.5, "1230"),
+        (99.96, "100"),
+        (9.996, "10.0"),
+        (0.01234, "0.0123"),
+        (0.00077, "7.7e-04"),
+    ],
 )
 def test_numbers_have_three_digits(value: float | None, text: str) -> None:
     assert table.number(value) == text
