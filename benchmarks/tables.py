@@ -70,7 +70,7 @@ def speed() -> str:
             parts += summary([r for r in records if r["op"] == op], folder)
     missing = [f"`{op}`" for op in registry.ops() if op not in measured]
     if missing:
-        parts.append(f"Not measured yet: {', '.join(missing)}.")
+        parts.append(f"No committed result yet: {', '.join(missing)}.")
     if not gpu:
         parts.append("Nothing has been measured on a GPU yet.")
     return "\n\n".join(parts)

@@ -72,7 +72,7 @@ def test_page_has_every_provider_and_plot(folder: Path) -> None:
 
 def test_what_was_not_measured_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables.registry, "ops", lambda: [OP, "another"])
-    assert "Not measured yet: `another`." in tables.speed()
+    assert "No committed result yet: `another`." in tables.speed()
 
 
 def test_a_readme_without_marks_is_refused() -> None:
