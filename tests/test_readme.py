@@ -31,6 +31,4 @@ def test_speeds_are_made_from_the_committed_results() -> None:
 def test_pages_are_made_from_the_results_beside_them() -> None:
     for folder in tables.machines():
         page = (folder / "README.md").read_text(encoding="utf-8")
-        assert tables.page(folder) == page, (
-            f"{folder.name}: run `make tables`, commit what it writes"
-        )
+        assert tables.page(folder) == page, "run `make tables` and commit what it writes"
