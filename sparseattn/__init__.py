@@ -3,6 +3,9 @@
 Importing this package imports neither Triton nor a GPU driver; kernels load on first use.
 """
 
+from sparseattn.convert import convert, revert
+from sparseattn.integrations.torch import patch_sdpa
+from sparseattn.layers.sparse_attention import SparseAttention
 from sparseattn.ops.block_sparse_attention import block_sparse_attention
 from sparseattn.ops.topk_attention import topk_attention
 from sparseattn.structures.block_mask import BlockMask
@@ -10,4 +13,13 @@ from sparseattn.structures.tile_order import TileOrder
 
 __version__ = "0.1.0"
 
-__all__ = ["BlockMask", "TileOrder", "block_sparse_attention", "topk_attention"]
+__all__ = [
+    "BlockMask",
+    "SparseAttention",
+    "TileOrder",
+    "block_sparse_attention",
+    "convert",
+    "patch_sdpa",
+    "revert",
+    "topk_attention",
+]

@@ -12,7 +12,6 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 
 def test_quickstart_runs() -> None:
     programs = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(programs) == 1
     names: dict = {}
     exec(compile(programs[0], "README.md", "exec"), names)
     assert names["out"].shape == (1, 6, 1024, 64)

@@ -1,0 +1,1 @@
+"""nn.Modules that attend sparsely: drop-in layers and the methods they choose keys by."""

@@ -1,0 +1,176 @@
+"""What the methods of attending have in common, and the one that is not sparse."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparseattn.layers.dense import dense_attention, with_extra_keys
+from sparseattn.ops.block_sparse_attention import Impl, block_sparse_attention
+from sparseattn.structures.block_mask import BlockMask
+
+_LOG = logging.getLogger("sparseattn")
+_SAID: set[str] = set()  # a model of forty layers says it once
+Fallback = Literal["auto", "never"]
+
+
+class Call(NamedTuple):
+    """What a method is called with; see ``Method.forward``."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_mask: Tensor | None = None
+    query_mask: Tensor | None = None
+    attn_bias: Tensor | None = None
+    extra: tuple[Tensor, Tensor] | None = None
+    scale: float | None = None
+    dropout: float = 0.0
+
+
+class Method(nn.Module):
+    """Which keys each query attends to.
+
+    ``forward(q, k, v)`` with q [B, H, Nq, D] and k, v [B, G, Nk, D] returns o [B, H, Nq, D].
+    A method is a module, so that ``.to()``, copies and pickles take it along, but it has nothing
+    in a state_dict.
+
+    impl: passed to the op. fallback: "auto" attends densely where sparse attention would be
+    slower; the log "sparseattn" says so once, and ``fell_back`` is the reason of the last eager
+    call that did. "never" does not.
+    """
+
+    name: ClassVar[str] = ""
+    options: ClassVar[tuple[str, ...]] = ("impl", "fallback")
+    takes_attn_bias: ClassVar[bool] = False  # any bias of the logits, hence any mask
+
+    def __init__(self, impl: Impl = "auto", fallback: Fallback = "auto") -> None:
+        super().__init__()
+        if fallback not in ("auto", "never"):
+            raise ValueError(
+                f"{self.name}: fallback is {fallback!r}; expected one of 'auto', 'never'"
+            )
+        self.impl: Impl = impl
+        self.fallback: Fallback = fallback
+        self.fell_back: str | None = None
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        attn_bias: Tensor | None = None,
+        extra: tuple[Tensor, Tensor] | None = None,
+        scale: float | None = None,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """Attend; o [B, H, Nq, D].
+
+        Args:
+            q: [B, H, Nq, D].
+            k: [B, G, Nk, D]; H is a multiple of G.
+            v: [B, G, Nk, D].
+            key_mask: bool [B, Nk]; True = take part.
+            query_mask: bool [B, Nq]; a query that is False has no say in what others attend to.
+                Its own result means nothing. In self-attention, it is the key_mask.
+            attn_bias: added to the logits, [B or 1, H or 1, Nq, Nk]; for the method "dense" only.
+            extra: keys and values [B, H, E, D] that every query sees besides the chosen ones.
+            scale: multiplies q . k; default D ** -0.5.
+            dropout: share of the attention weights (method "dense"), or else of the elements of o,
+                that is dropped. A layer in eval gives 0.
+        """
+        return self.attend(Call(q, k, v, key_mask, query_mask, attn_bias, extra, scale, dropout))
+
+    def attend(self, call: Call) -> Tensor:
+        """Do what ``forward`` does."""
+        if call.attn_bias is not None:
+            raise NotImplementedError(
+                f"{self.name}: attn_bias is given; expected None: this method takes masks of keys "
+                "only, method='dense' any"
+            )
+        reason = self.dense_reason(call.k.shape[2], call.k.device)
+        if not torch.compiler.is_compiling():
+            self._say(reason)
+        out = self._attend(call) if reason is None else attend_densely(call, self._dense_bias(call))
+        return nn.functional.dropout(out, call.dropout) if call.dropout else out
+
+    def dense_reason(self, k_len: int, device: torch.device) -> str | None:
+        """Return why queries attend densely to that many keys, or None if they do not."""
+        return None
+
+    def logit_bias(self, call: Call) -> Tensor | None:
+        """Return what is added to the logits, broadcastable to [B, H, Nq, Nk]; -inf hides.
+
+        Dense attention with this bias and the key mask gives what the method gives.
+        """
+        if self.dense_reason(call.k.shape[2], call.k.device) is not None:
+            return self._dense_bias(call)
+        return self._sparse_bias(call)
+
+    def _mask(self, call: Call) -> BlockMask:
+        raise NotImplementedError
+
+    def _attend(self, call: Call) -> Tensor:
+        out, lse = block_sparse_attention(
+            call.q, call.k, call.v, self._mask(call), key_mask=call.key_mask, scale=call.scale,
+            return_lse=True, impl=self.impl,
+        )  # fmt: skip
+        if call.extra is None:
+            return out
+        return with_extra_keys(out, lse, call.q, *call.extra, call.scale)
+
+    def _sparse_bias(self, call: Call) -> Tensor | None:
+        shown = self._mask(call).to_dense()
+        return torch.zeros_like(shown, dtype=torch.float32).masked_fill(~shown, -math.inf)
+
+    def _dense_bias(self, call: Call) -> Tensor | None:
+        return None
+
+    def _say(self, reason: str | None) -> None:
+        if reason is not None and reason not in _SAID:
+            _SAID.add(reason)
+            _LOG.warning("%s (fallback='never' turns this off)", reason)
+        self.fell_back = reason
+
+    def extra_repr(self) -> str:
+        """Show the options."""
+        return ", ".join(f"{option}={getattr(self, option)!r}" for option in self.options)
+
+
+class Dense(Method):
+    """Every query attends to every key, by torch's scaled_dot_product_attention."""
+
+    name = "dense"
+    options = ()
+    takes_attn_bias = True
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def attend(self, call: Call) -> Tensor:
+        """Do what ``forward`` does. Dropout is that of the attention weights."""
+        return attend_densely(call, call.attn_bias, call.dropout)
+
+    def _sparse_bias(self, call: Call) -> Tensor | None:
+        return call.attn_bias
+
+
+def attend_densely(call: Call, bias: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """Attend to all keys, with `bias` on the logits."""
+    k, v, key_mask = call.k, call.v, call.key_mask
+    if call.extra is not None:
+        count = call.extra[0].shape[2]
+        k, v = torch.cat([k, call.extra[0]], 2), torch.cat([v, call.extra[1]], 2)
+        bias = None if bias is None else nn.functional.pad(bias, (0, count))
+        if key_mask is not None:
+            key_mask = nn.functional.pad(key_mask, (0, count), value=True)
+    return dense_attention(
+        call.q, k, v, key_mask=key_mask, bias=bias, scale=call.scale, dropout=dropout
+    )
