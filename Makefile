@@ -1,6 +1,7 @@
 # make demo | test | check | fix | cubins | bench | tables | clean. The first one run makes .venv and installs what is needed.
+# make demo | test | check | fix | cubins | gpu-proof | bench | clean. The first one run makes .venv and installs what is needed.
 #   PYTHON=python3.12      the interpreter .venv is made with, 3.11 or later
-#   PYTEST_ARGS="-k mask"  passed on to pytest        DEMO_ARGS, BENCH_ARGS  likewise
+#   PYTEST_ARGS="-k mask"  passed on to pytest        DEMO_ARGS, BENCH_ARGS, PROOF_ARGS  likewise
 #   OP=<op>                which benchmark `make bench` runs
 
 PYTHON ?= python3
@@ -17,6 +18,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check fix cubins cubins-all bench tables clean
+.PHONY: help demo test check fix cubins cubins-all gpu-proof bench clean
 
 help:
 	@echo "make demo    dense against sparse attention on a chest radiograph; writes demo_output/"
@@ -25,6 +27,7 @@ help:
 	@echo "make fix     lint and format, mending what can be mended"
 	@echo "make cubins  compile the launch rows of all kernels for sm_80, sm_90, sm_100; needs no GPU"
 	@echo "make cubins-all  the same with every feature of a row; writes docs/cubins.md"
+	@echo "make gpu-proof  prove every op on the GPU at hand; without one, rehearse it in the interpreter"
 	@echo "make bench   one benchmark: make bench OP=block_sparse_attention"
 	@echo "make tables  the README's tables and the plots, from benchmarks/results"
 	@echo "make clean   remove what the others wrote, except .venv"
@@ -53,6 +56,9 @@ cubins-all: $(READY) $(OLD_TRITON)/.installed
 	PYTHONPATH=benchmarks $(BIN)/python -m cubins --all --json build/cubins/pinned.json
 	PYTHONPATH=$(OLD_TRITON):benchmarks $(BIN)/python -m cubins --all --json build/cubins/old.json
 	PYTHONPATH=benchmarks $(BIN)/python -m cubins.table build/cubins/pinned.json build/cubins/old.json
+
+gpu-proof: $(READY)
+	$(BIN)/python benchmarks/gpu_proof.py $(PROOF_ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m sparseattn bench $(OP) $(BENCH_ARGS)
