@@ -17,7 +17,7 @@ ROOT_FILE = re.compile(r"\.?[\w-]+\.(md|toml|txt|ya?ml)")
 PATH = re.compile(r"[\w.-]+(/[\w.-]+)+/?|[\w.-]+/")  # no <op>, no *, no blanks
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
-MAKE = re.compile(r"\bmake ([a-z]+)\b")
+MAKE = re.compile(r"\bmake ([a-z-]+)\b")
 
 
 def quoted(text: str) -> list[str]:
@@ -74,7 +74,7 @@ def test_links_exist(name):
 
 @pytest.mark.parametrize("name", GUIDES)
 def test_make_words_exist(name):
-    targets = re.findall(r"^([a-z]+):", read("Makefile"), re.MULTILINE)
+    targets = re.findall(r"^([a-z-]+):", read("Makefile"), re.MULTILINE)
     assert set(make_words(read(name))) <= set(targets)
 
 
