@@ -7,19 +7,25 @@ from sparseattn.convert import convert, revert
 from sparseattn.integrations.torch import patch_sdpa
 from sparseattn.layers.sparse_attention import SparseAttention
 from sparseattn.ops.block_sparse_attention import block_sparse_attention
+from sparseattn.ops.submanifold_conv3d import submanifold_conv3d
 from sparseattn.ops.topk_attention import topk_attention
 from sparseattn.structures.block_mask import BlockMask
+from sparseattn.structures.patch_grid import PatchGrid
+from sparseattn.structures.patch_mask import PatchMask
 from sparseattn.structures.tile_order import TileOrder
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BlockMask",
+    "PatchGrid",
+    "PatchMask",
     "SparseAttention",
     "TileOrder",
     "block_sparse_attention",
     "convert",
     "patch_sdpa",
     "revert",
+    "submanifold_conv3d",
     "topk_attention",
 ]

@@ -12,6 +12,7 @@ import sparseattn
 # a change here is a line for CHANGELOG.md
 PUBLIC = ["BlockMask", "TileOrder", "block_sparse_attention", "topk_attention"]
 PUBLIC += ["SparseAttention", "convert", "patch_sdpa", "revert"]
+PUBLIC += ["PatchGrid", "PatchMask", "submanifold_conv3d"]
 HOMES = {name: getattr(sparseattn, name).__module__ for name in PUBLIC}
 OPS = [name for name, home in HOMES.items() if home.startswith("sparseattn.ops.")]
 

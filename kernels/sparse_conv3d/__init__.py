@@ -1,0 +1,1 @@
+"""Convolution on active sites: a gather and a matrix product for each tap, no atomics."""

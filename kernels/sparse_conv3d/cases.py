@@ -1,0 +1,75 @@
+"""Inputs that between them reach every launch row of convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from ..cases import Case
+from . import backward, forward, tuning
+from .call import Window
+
+TABLES: dict[str, tuple[Any, ...]] = {
+    "sparse_conv3d_fwd_kernel": tuning.FORWARD,
+    "sparse_conv3d_bwd_dw_kernel": tuning.BACKWARD_DW,
+    "sparse_conv3d_depthwise_fwd_kernel": tuning.DEPTHWISE,
+    "sparse_conv3d_depthwise_bwd_dw_kernel": tuning.DEPTHWISE_DW,
+}
+
+
+class Form(NamedTuple):
+    """What the inputs are."""
+
+    channels: tuple[int, int]
+    dtype: torch.dtype
+    groups: int = 1
+    patch: int = 8
+    kernel: int = 3
+    patches: int = 64
+
+
+def cases(capability: int) -> Iterator[Case]:
+    """Every row that such a GPU uses: plain; odd channels, a wide window; small patches."""
+    for kernel, table in TABLES.items():
+        depthwise = "depthwise" in kernel
+        for row in table:
+            if row.capability != tuning.generation(capability):
+                continue
+            dtype = torch.bfloat16 if row.itemsize == 2 else torch.float32
+            wide = 256 if row.columns == tuning.ANY else row.columns
+            plain = Form((max(wide, 64), wide), dtype)
+            if depthwise:
+                plain = Form((wide, wide), dtype, groups=wide)
+            odd = plain._replace(channels=(plain.channels[0] - 15, wide - 15), kernel=5, patch=3)
+            if depthwise:
+                odd = odd._replace(groups=wide - 15)
+            forms = {"plain": plain, "odd": odd}
+            if not depthwise:
+                forms["two groups"] = plain._replace(channels=(128, 2 * wide), groups=2)
+            if table is tuning.FORWARD:
+                forms["by place"] = plain._replace(patch=2, patches=1024)
+            for inputs, form in forms.items():
+                name = f"{'bf16' if row.itemsize == 2 else 'fp32'} C {wide}, {inputs}"
+                yield Case(kernel, row, name, partial(_launch, kernel, form))
+
+
+def _launch(kernel: str, form: Form) -> None:
+    """Run one convolution of patches, or its weight gradient."""
+    inner, outer = form.channels
+    window = Window((form.patch,) * 3, (form.kernel,) * 3, (1, 1, 1), form.groups)
+    sites = (form.patches, *window.patch)
+    x = torch.empty((*sites, inner), dtype=form.dtype, device="cuda")
+    neighbours = torch.empty((form.patches, 27), dtype=torch.int32, device="cuda")
+    if kernel.endswith("bwd_dw_kernel"):
+        dy = torch.empty((*sites, outer), dtype=form.dtype, device="cuda")
+        backward.weight_gradient(x, dy, neighbours, window)
+        return
+    order = torch.empty((64, form.patches), dtype=torch.int32, device="cuda")
+    weight = torch.empty(
+        (outer, inner // form.groups, *window.kernel), dtype=form.dtype, device="cuda"
+    )
+    bias = torch.empty((outer,), dtype=form.dtype, device="cuda")
+    forward.forward(x, neighbours, order, weight, bias, window)
