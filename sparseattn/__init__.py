@@ -7,6 +7,8 @@ from sparseattn.convert import convert, revert
 from sparseattn.integrations.torch import patch_sdpa
 from sparseattn.layers.sparse_attention import SparseAttention
 from sparseattn.ops.block_sparse_attention import block_sparse_attention
+from sparseattn.ops.orthogonal_features import orthogonal_features
+from sparseattn.ops.performer_attention import performer_attention
 from sparseattn.ops.submanifold_conv3d import submanifold_conv3d
 from sparseattn.ops.topk_attention import topk_attention
 from sparseattn.structures.block_mask import BlockMask
@@ -24,7 +26,9 @@ __all__ = [
     "TileOrder",
     "block_sparse_attention",
     "convert",
+    "orthogonal_features",
     "patch_sdpa",
+    "performer_attention",
     "revert",
     "submanifold_conv3d",
     "topk_attention",

@@ -49,3 +49,14 @@ def check_scale(op: str, scale: Any, q: Tensor) -> float:
     if not math.isfinite(scale):
         raise ValueError(f"{op}: scale is {scale}; expected a finite float")
     return float(scale)
+
+
+def check_key_mask(op: str, key_mask: Any, k: Tensor) -> None:
+    """Check a bool key mask [B, Nk], or None."""
+    if key_mask is None:
+        return
+    shapes = checks.Shapes(op)
+    shapes.bind("k", k, "B G Nk D")
+    shapes.bind("key_mask", key_mask, "B Nk")
+    checks.require_dtype(op, "key_mask", key_mask, torch.bool)
+    checks.require_device(op, "key_mask", key_mask, k.device, "k")

@@ -1,0 +1,1 @@
+"""Two chained attentions through landmarks; serves performer_attention and linformer_attention."""

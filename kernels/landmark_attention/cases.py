@@ -1,0 +1,85 @@
+"""Inputs that between them reach every launch row of landmark attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from ..cases import Case
+from . import stage1, stage2, tuning
+
+TABLES = {
+    "landmark_attention_fwd_kernel": tuning.FORWARD,
+    "landmark_attention_bwd_dq_kernel": tuning.BACKWARD_DQ,
+    "landmark_attention_bwd_dkv_kernel": tuning.BACKWARD_DKV,
+}
+# beside the power of two of each row, a head dim that is held in two chunks
+SPLIT_DIMS = {64: 40, 128: 72}
+
+
+class Form(NamedTuple):
+    """What the inputs are."""
+
+    head_dim: int
+    dtype: torch.dtype
+    stage: int
+    landmarks: int = 256
+    loaded: bool = False  # grouped heads, a key bias, eps, gradients of landmarks and bias
+    is_relu: bool = False
+
+
+def cases(capability: int) -> Iterator[Case]:
+    """Every row that such a GPU uses, in both stages: plain, loaded, relu, few landmarks."""
+    for kernel, table in TABLES.items():
+        for row in table:
+            if tuning.pick(table, capability, row.itemsize, row.head_dim) != row:
+                continue
+            dtype = torch.bfloat16 if row.itemsize == 2 else torch.float32
+            # stage 1 needs a gradient of its rows, the landmarks, only where they are learned
+            first = 2 if kernel == "landmark_attention_bwd_dq_kernel" else 1
+            plain = Form(row.head_dim, dtype, first)
+            forms = {
+                "": plain,
+                ", other stage": plain._replace(stage=3 - first, loaded=first == 2),
+                ", loaded": plain._replace(loaded=True),
+                ", relu": plain._replace(stage=2, is_relu=True),
+                ", 16 landmarks": plain._replace(stage=2, landmarks=16),
+            }
+            for inputs, form in forms.items():
+                yield _case(kernel, row, inputs, form)
+            split = plain._replace(head_dim=SPLIT_DIMS[row.head_dim])
+            yield _case(kernel, row, "", split)
+    for head_dim in (64, 128):
+        form = Form(head_dim, torch.bfloat16, 1)
+        yield _case("landmark_attention_fwd_combine_kernel", None, "", form)
+
+
+def _case(kernel: str, row: tuning.Row | None, inputs: str, form: Form) -> Case:
+    dtype = "bf16" if form.dtype == torch.bfloat16 else "fp32"
+    return Case(kernel, row, f"{dtype} D {form.head_dim}{inputs}", partial(_launch, form))
+
+
+def _launch(form: Form) -> None:
+    """Forward and backward of one stage for 1024 tokens."""
+    q = torch.empty((2, 4, 1024, form.head_dim), dtype=form.dtype, device="cuda")
+    landmarks = q[:1, :1, : form.landmarks]
+    scale, square = form.head_dim**-0.25, 0.0 if form.is_relu else form.head_dim**-0.5 / 2
+    if form.stage == 1:
+        bias = torch.empty((2, 1, 1024), device="cuda") if form.loaded else None
+        ids = torch.zeros((2, 1024), dtype=torch.int32, device="cuda") if form.loaded else None
+        options = (scale, square, form.is_relu)
+        values, lse, _, sums = stage1.forward(landmarks, q, q, bias, ids, *options, form.loaded)
+        stage1.backward(
+            values, lse, sums, values, lse, landmarks, q, q, bias, ids, *options,
+            (form.loaded, form.loaded),
+        )  # fmt: skip
+        return
+    heads, columns = (2 if form.loaded else 4), form.landmarks + form.loaded
+    values = torch.empty((2, heads, columns, form.head_dim), device="cuda")
+    lse = torch.empty((2, heads, columns), device="cuda")
+    flags = (scale, square, form.is_relu, form.loaded)
+    out = stage2.forward(q, landmarks, values, lse, *flags)
+    stage2.backward(out, q, landmarks, values, lse, *flags, form.loaded)
