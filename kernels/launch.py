@@ -5,7 +5,7 @@ This file imports no Triton, so that its types can be named anywhere.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,6 +68,33 @@ def raise_bfloat16(tensor: Tensor, interpreting: bool) -> Tensor:
 def unit_stride(tensor: Tensor) -> Tensor:
     """Return the tensor with its last dimension contiguous, copied only if it is not."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def describable(*tensors: Tensor) -> bool:
+    """Say whether tensors [B, H, N, D] may be read by tile through descriptors (TMA).
+
+    Addresses and strides must be whole multiples of 16 bytes and no row may stand for many.
+    """
+    return all(
+        tensor.numel() > 0
+        and tensor.data_ptr() % 16 == 0
+        and all(
+            size == 1 or (stride > 0 and stride * tensor.element_size() % 16 == 0)
+            for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
+        )
+        for tensor in tensors
+    )
+
+
+def describe(tensor: Tensor, rows: int, columns: int) -> Any:
+    """Return a descriptor of a tensor [B, H, N, D] that is read `rows` by `columns` at a time."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    strides = [
+        tensor.shape[3] if size == 1 else stride
+        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
+    ]
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, columns])
 
 
 def shared_strides(tensor: Tensor, dims: int) -> tuple[int, ...]:

@@ -55,6 +55,34 @@ def load_rows(
 
 
 @triton.jit
+def load_tile(
+    source,
+    place,
+    first,
+    row_stride,
+    row_ok,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+    IS_TMA: tl.constexpr,
+):
+    """Load ROWS rows from row `first` on, of one head's pointer or of a descriptor [B, H, N, D].
+
+    A descriptor needs the batch entry and head in `place`, reads zeros past the last row, and
+    knows no row_ok.
+    """
+    if IS_TMA:
+        at = [place[0].to(tl.int32), place[1].to(tl.int32), first.to(tl.int32), 0]
+        chunk = source.load(at).reshape([ROWS, D0])
+        return chunk, chunk
+    else:
+        rows = source + first * row_stride
+        return load_rows(rows, row_stride, row_ok, ROWS, D, D0, D1, CHECK_ROWS)
+
+
+@triton.jit
 def store_rows(
     ptr,
     row_stride,

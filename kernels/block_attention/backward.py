@@ -109,12 +109,16 @@ def _launch_dkv(
     call: Call, columns: launching.IndexLists, dout: Tensor, lse: Tensor, delta: Tensor,
     dk: Tensor, dv: Tensor, scale: float, needs_bias: bool,
 ) -> Tensor | None:  # fmt: skip
-    q, k = call.tensors[:2]
-    launch, options = call.pick(tuning.BACKWARD_DKV)
+    q, k, *others = call.tensors
+    # a query that sees nothing may hold NaN, and only partial blocks and gates have such
+    plain = not call.flags["HAS_PARTIAL"] and not call.flags["HAS_GATE"]
+    launch, options = call.pick(tuning.BACKWARD_DKV, q, dout, may_describe=plain)
+    q_source, do_source = call.sources(launch.tile_q, options, q, dout)
     num_tiles = triton.cdiv(k.shape[2], launch.tile_k)
     dbias = lse.new_empty((*q.shape[:2], k.shape[2])) if needs_bias else lse
     block_attention_bwd_dkv_kernel[(k.shape[0] * k.shape[1] * num_tiles,)](
-        *call.tensors, dout, lse, delta, *call.filled(columns), call.bits, dk, dv, dbias,
+        q_source, k, *others, do_source, lse, delta, *call.filled(columns), call.bits,
+        dk, dv, dbias,
         *call.strides, dout.stride()[:3], dk.stride()[:3], dv.stride()[:3], *call.extra_strides,
         q.shape[1], q.shape[2], k.shape[2], call.num_columns, num_tiles, call.num_rows,
         *call.mask_steps, *call.capacities(columns), scale,
@@ -127,14 +131,15 @@ def _launch_dq(
     call: Call, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, scale: float,
     needs_gate: bool,
 ) -> Tensor | None:  # fmt: skip
-    q, k = call.tensors[:2]
-    launch, options = call.pick(tuning.BACKWARD_DQ)
+    q, k, v, *extras = call.tensors
+    launch, options = call.pick(tuning.BACKWARD_DQ, k, v)
+    k_source, v_source = call.sources(launch.tile_k, options, k, v)
     num_tiles = triton.cdiv(q.shape[2], launch.tile_q)
     shares = lse
     if needs_gate:
         shares = lse.new_zeros((*q.shape[:2], num_tiles, call.num_columns))
     block_attention_bwd_dq_kernel[(q.shape[0] * q.shape[1] * num_tiles,)](
-        *call.tensors, dout, lse, delta, *call.row_lists, call.bits, dq, shares,
+        q, k_source, v_source, *extras, dout, lse, delta, *call.row_lists, call.bits, dq, shares,
         *call.strides, dout.stride()[:3], dq.stride()[:3], *call.extra_strides,
         q.shape[1], q.shape[2], k.shape[2], call.num_rows, num_tiles, call.num_columns,
         *call.mask_steps, *call.row_capacities, scale,

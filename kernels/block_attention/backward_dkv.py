@@ -12,6 +12,7 @@ from ..tiles import (
     dot_rows,
     list_range,
     load_rows,
+    load_tile,
     ragged_tile,
     store_rows,
     token_is_visible,
@@ -26,10 +27,10 @@ def walk_column(
     IS_PARTIAL: tl.constexpr, CHECK_QUERIES: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_GATE: tl.constexpr, NEEDS_BIAS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr,
     D1: tl.constexpr, MASK_BLOCK_Q: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, IS_TMA: tl.constexpr,
 ):  # fmt: skip
     """Add what the tiles `first` to `last` of one column's list give to dk, dv and dbias."""
-    q_ptr, do_ptr, lse_ptr, delta_ptr, q_stride, do_stride, q_len = queries_at
+    q_ptr, do_ptr, lse_ptr, delta_ptr, q_stride, do_stride, q_len, place = queries_at
     gate_ptr, gate_stride = gate_at
     indices_ptr, slots_ptr = list_at
     bits_ptr, bits_slot_stride, bits_row_stride, key_in_block = bits_at
@@ -54,11 +55,11 @@ def walk_column(
             shift = gate * 1.4426950408889634
             query_ok = lse + gate != float("-inf")
         # a query that sees nothing is never loaded where queries are checked: its NaN stays there
-        q0, q1 = load_rows(
-            q_ptr + query * q_stride, q_stride, query_ok, BLOCK_Q, D, D0, D1, CHECKED
+        q0, q1 = load_tile(
+            q_ptr, place, query, q_stride, query_ok, BLOCK_Q, D, D0, D1, CHECKED, IS_TMA
         )
-        do0, do1 = load_rows(
-            do_ptr + query * do_stride, do_stride, query_ok, BLOCK_Q, D, D0, D1, CHECKED
+        do0, do1 = load_tile(
+            do_ptr, place, query, do_stride, query_ok, BLOCK_Q, D, D0, D1, CHECKED, IS_TMA
         )
         peak = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
         s = dot_rows(k0, k1, q0, q1, D1, PRECISION) * scale + (shift - peak)[None, :]
@@ -95,7 +96,7 @@ def block_attention_bwd_dkv_kernel(
     HAS_PARTIAL: tl.constexpr, NEEDS_BIAS: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     MASK_BLOCK_Q: tl.constexpr, MASK_BLOCK_K: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, IS_TMA: tl.constexpr,
 ):  # fmt: skip
     """dk, dv and dbias. One program: BLOCK_K keys of one key head, all its query heads in turn."""
     TILES: tl.constexpr = MASK_BLOCK_Q // BLOCK_Q
@@ -126,11 +127,13 @@ def block_attention_bwd_dkv_kernel(
         k0, k1 = load_rows(k_ptr, k_strides[2], key_ok, BLOCK_K, D, D0, D1, True)
         v0, v1 = load_rows(v_ptr, v_strides[2], key_ok, BLOCK_K, D, D0, D1, True)
         dbias = tl.zeros([BLOCK_K], tl.float32)
+        q_at, do_at = q_ptr, do_ptr
+        if not IS_TMA:
+            q_at = q_ptr + batch * q_strides[0] + head * q_strides[1]
+            do_at = do_ptr + batch * do_strides[0] + head * do_strides[1]
         queries_at = (
-            q_ptr + batch * q_strides[0] + head * q_strides[1],
-            do_ptr + batch * do_strides[0] + head * do_strides[1],
-            lse_ptr + head_at * q_len, delta_ptr + head_at * q_len,
-            q_strides[2], do_strides[2], q_len,
+            q_at, do_at, lse_ptr + head_at * q_len, delta_ptr + head_at * q_len,
+            q_strides[2], do_strides[2], q_len, (batch, head),
         )  # fmt: skip
         gate_at = gate_ptr + batch * gate_strides[0] + head * gate_strides[1]
         gate_at = (gate_at + column * gate_strides[3], gate_strides[2])
@@ -145,7 +148,7 @@ def block_attention_bwd_dkv_kernel(
                 queries_at, gate_at, (partial_indices_ptr + at, slots_ptr + at), bits_at,
                 scale * 1.4426950408889634,
                 True, True, HAS_BIAS, HAS_GATE, NEEDS_BIAS, D, D0, D1, MASK_BLOCK_Q,
-                BLOCK_Q, BLOCK_K, PRECISION,
+                BLOCK_Q, BLOCK_K, PRECISION, IS_TMA,
             )  # fmt: skip
         list_at = (indices_ptr + mask_head * capacity, slots_ptr)
         first, last = list_range(offsets_ptr, line, TILES)
@@ -156,7 +159,7 @@ def block_attention_bwd_dkv_kernel(
                 ragged if is_ragged else first, last if is_ragged else ragged,
                 queries_at, gate_at, list_at, bits_at, scale * 1.4426950408889634,
                 False, is_ragged == 1, HAS_BIAS, HAS_GATE, NEEDS_BIAS, D, D0, D1, MASK_BLOCK_Q,
-                BLOCK_Q, BLOCK_K, PRECISION,
+                BLOCK_Q, BLOCK_K, PRECISION, IS_TMA,
             )  # fmt: skip
         if NEEDS_BIAS:
             tl.store(dbias_ptr + head_at * k_len + keys, dbias, mask=in_range)

@@ -12,6 +12,7 @@ from ..tiles import (
     dot_rows,
     list_range,
     load_rows,
+    load_tile,
     ragged_tile,
     store_rows,
     token_is_visible,
@@ -26,10 +27,10 @@ def walk_row(
     IS_PARTIAL: tl.constexpr, CHECK_KEYS: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_GATE: tl.constexpr, NEEDS_GATE: tl.constexpr, D: tl.constexpr, D0: tl.constexpr,
     D1: tl.constexpr, MASK_BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, IS_TMA: tl.constexpr,
 ):  # fmt: skip
     """Add what the tiles `first` to `last` of one row's list give to dq, and store dgate."""
-    k_ptr, v_ptr, k_stride, v_stride, k_len = keys_at
+    k_ptr, v_ptr, k_stride, v_stride, k_len, place = keys_at
     bias_ptr, gate_ptr, gate_stride, dgate_ptr = extras_at
     indices_ptr, slots_ptr = list_at
     bits_ptr, bits_slot_stride, bits_row_stride = bits_at
@@ -46,8 +47,8 @@ def walk_row(
         if HAS_BIAS:
             bias = tl.load(bias_ptr + keys, mask=key_ok, other=float("-inf"))
             key_ok = bias != float("-inf")
-        k0, k1 = load_rows(k_ptr + key * k_stride, k_stride, key_ok, BLOCK_K, D, D0, D1, CHECKED)
-        v0, v1 = load_rows(v_ptr + key * v_stride, v_stride, key_ok, BLOCK_K, D, D0, D1, CHECKED)
+        k0, k1 = load_tile(k_ptr, place, key, k_stride, key_ok, BLOCK_K, D, D0, D1, CHECKED, IS_TMA)
+        v0, v1 = load_tile(v_ptr, place, key, v_stride, key_ok, BLOCK_K, D, D0, D1, CHECKED, IS_TMA)
         shift = 0.0
         if HAS_GATE:
             shift = tl.load(gate_ptr + column * gate_stride) * 1.4426950408889634
@@ -88,7 +89,7 @@ def block_attention_bwd_dq_kernel(
     HAS_PARTIAL: tl.constexpr, NEEDS_GATE: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     MASK_BLOCK_Q: tl.constexpr, MASK_BLOCK_K: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, IS_TMA: tl.constexpr,
 ):  # fmt: skip
     """dq, and each tile's share of dgate, [B, H, tiles, C]. One program: BLOCK_Q queries."""
     TILES: tl.constexpr = MASK_BLOCK_K // BLOCK_K
@@ -102,14 +103,15 @@ def block_attention_bwd_dq_kernel(
     mask_head = batch * mask_batch_step + head * mask_head_step
     q_ptr += batch * q_strides[0] + head * q_strides[1] + start.to(tl.int64) * q_strides[2]
     do_ptr += batch * do_strides[0] + head * do_strides[1] + start.to(tl.int64) * do_strides[2]
-    k_ptr += batch * k_strides[0] + (head // GROUP) * k_strides[1]
-    v_ptr += batch * v_strides[0] + (head // GROUP) * v_strides[1]
+    if not IS_TMA:
+        k_ptr += batch * k_strides[0] + (head // GROUP) * k_strides[1]
+        v_ptr += batch * v_strides[0] + (head // GROUP) * v_strides[1]
     bias_ptr += batch * bias_strides[0] + head * bias_strides[1]
     gate_ptr += batch * gate_strides[0] + head * gate_strides[1] + row * gate_strides[2]
     dgate_ptr += (head_at * num_tiles + tile) * num_columns
     bits_ptr += batch * bits_strides[0] + head * bits_strides[1]
     bits_ptr += (start % MASK_BLOCK_Q) * bits_strides[3]
-    keys_at = (k_ptr, v_ptr, k_strides[2], v_strides[2], k_len)
+    keys_at = (k_ptr, v_ptr, k_strides[2], v_strides[2], k_len, (batch, head // GROUP))
     extras_at = (bias_ptr, gate_ptr, gate_strides[3], dgate_ptr)
     bits_at = (bits_ptr, bits_strides[2], bits_strides[3])
 
@@ -128,7 +130,7 @@ def block_attention_bwd_dq_kernel(
             keys_at, extras_at, (partial_indices_ptr + at, slots_ptr + at), bits_at,
             scale * 1.4426950408889634,
             True, True, HAS_BIAS, HAS_GATE, NEEDS_GATE, D, D0, D1, MASK_BLOCK_K,
-            BLOCK_Q, BLOCK_K, PRECISION,
+            BLOCK_Q, BLOCK_K, PRECISION, IS_TMA,
         )  # fmt: skip
     list_at = (indices_ptr + mask_head * capacity, slots_ptr)
     first, last = list_range(offsets_ptr + mask_head * (num_rows + 1), row, TILES)
@@ -141,7 +143,7 @@ def block_attention_bwd_dq_kernel(
             ragged if is_ragged else first, last if is_ragged else ragged,
             keys_at, extras_at, list_at, bits_at, scale * 1.4426950408889634,
             False, is_ragged == 1, HAS_BIAS, HAS_GATE, NEEDS_GATE, D, D0, D1, MASK_BLOCK_K,
-            BLOCK_Q, BLOCK_K, PRECISION,
+            BLOCK_Q, BLOCK_K, PRECISION, IS_TMA,
         )  # fmt: skip
     dq_ptr += batch * dq_strides[0] + head * dq_strides[1] + start.to(tl.int64) * dq_strides[2]
     store_rows(dq_ptr, dq_strides[2], in_range, dq0 * scale, dq1 * scale, BLOCK_Q, D, D0, D1)

@@ -127,14 +127,26 @@ class Call:
         bits_strides = (*launching.shared_strides(self.bits, 2), *self.bits.stride()[2:4])
         return launching.shared_strides(bias, 2), gate_strides, bits_strides
 
-    def pick(self, table: tuple[tuning.Row, ...]) -> tuple[launching.Launch, dict[str, Any]]:
-        """Return the launch for these inputs, tiles cut to the mask's blocks, also as keywords."""
+    def sources(self, tile: int, options: dict[str, Any], *walked: Tensor) -> tuple[Any, ...]:
+        """Return what a kernel reads `walked` by: descriptors of `tile` rows, or the tensors."""
+        if not options["IS_TMA"]:
+            return walked
+        return tuple(launching.describe(tensor, tile, self.flags["D0"]) for tensor in walked)
+
+    def pick(
+        self, table: tuple[tuning.Row, ...], *walked: Tensor, may_describe: bool = True
+    ) -> tuple[launching.Launch, dict[str, Any]]:
+        """Return the launch for these inputs, tiles cut to the mask's blocks, also as keywords.
+
+        walked: the tensors that the kernel reads tile by tile. It does so through descriptors if
+        the row says so and nothing hides single rows of them.
+        """
         q = self.tensors[0]
         capability = 90
         if q.is_cuda:
             major, minor = torch.cuda.get_device_capability(q.device)
             capability = 10 * major + minor
-        row = tuning.pick(table, capability, q.element_size(), q.shape[3])
+        row = tuning.pick(table, capability, q.element_size(), q.shape[3], self.block_size)
         launch = row.launch._replace(
             tile_q=launching.fit_tile(row.launch.tile_q, self.block_size[0]),
             tile_k=launching.fit_tile(row.launch.tile_k, self.block_size[1]),
@@ -143,6 +155,11 @@ class Call:
             "BLOCK_Q": launch.tile_q,
             "BLOCK_K": launch.tile_k,
             "PRECISION": launching.dot_precision(q.dtype, row.float32),
+            "IS_TMA": row.tma
+            and may_describe
+            and not self.flags["HAS_BIAS"]
+            and not self.flags["D1"]
+            and launching.describable(*walked),
             "num_warps": launch.num_warps,
             "num_stages": launch.num_stages,
         }

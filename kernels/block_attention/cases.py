@@ -18,8 +18,8 @@ TABLES = {
     "block_attention_bwd_dkv_kernel": tuning.BACKWARD_DKV,
     "block_attention_bwd_dq_kernel": tuning.BACKWARD_DQ,
 }
-# beside the power of two of each row, a head dim that is held in two chunks
-SPLIT_DIMS = {64: 40, 128: 72, 256: 160}
+SPLIT_DIMS = (40, 72, 96, 160)  # head dims that are held in two chunks
+BLOCKS = ((128, 128), (128, 64), (64, 64))  # of the mask; a row is compiled for the first it serves
 
 
 class Form(NamedTuple):
@@ -27,7 +27,9 @@ class Form(NamedTuple):
 
     head_dim: int
     dtype: torch.dtype
+    block_size: tuple[int, int] = (128, 128)
     loaded: bool = False  # grouped heads, a bias, a gate, partial blocks, all gradients
+    partial: bool = False
     splits: int = 1
     tf32: bool = False  # torch's own switch
 
@@ -36,18 +38,25 @@ def cases(capability: int) -> Iterator[Case]:
     """Every row that such a GPU uses: plain, with everything switched on, in two chunks."""
     for kernel, table in TABLES.items():
         for row in table:
-            if tuning.pick(table, capability, row.itemsize, row.head_dim) != row:
+            kind = (capability, row.itemsize, row.head_dim)
+            served = [block for block in BLOCKS if tuning.pick(table, *kind, block) == row]
+            if not served:
                 continue
             dtype = torch.bfloat16 if row.itemsize == 2 else torch.float32
+            plain = Form(row.head_dim, dtype, served[0])
             forms = {
-                f"D {row.head_dim}": Form(row.head_dim, dtype),
-                f"D {row.head_dim}, loaded": Form(row.head_dim, dtype, loaded=True),
-                f"D {SPLIT_DIMS[row.head_dim]}": Form(SPLIT_DIMS[row.head_dim], dtype),
+                f"D {row.head_dim}": plain,
+                f"D {row.head_dim}, loaded": plain._replace(loaded=True),
             }
+            for head_dim in SPLIT_DIMS:
+                if tuning.pick(table, *kind[:2], head_dim, served[0]) == row:
+                    forms[f"D {head_dim}"] = plain._replace(head_dim=head_dim)
+            if row.tma:
+                forms[f"D {row.head_dim}, partial blocks"] = plain._replace(partial=True)
             if row.itemsize == 4:
-                forms[f"D {row.head_dim}, TF32"] = Form(row.head_dim, dtype, tf32=True)
+                forms[f"D {row.head_dim}, TF32"] = plain._replace(tf32=True)
             if table is tuning.FORWARD:
-                forms[f"D {row.head_dim}, split"] = Form(row.head_dim, dtype, splits=2)
+                forms[f"D {row.head_dim}, split"] = plain._replace(splits=2)
             for inputs, form in forms.items():
                 name = f"{'bf16' if row.itemsize == 2 else 'fp32'} {inputs}"
                 yield Case(kernel, row, name, partial(_launch, form))
@@ -67,25 +76,38 @@ def _launch(form: Form) -> None:
 
 
 def _forward_and_backward(form: Form) -> None:
-    """1024 tokens in blocks of 128."""
+    """Of 1024 tokens."""
+    block_size, scale = form.block_size, form.head_dim**-0.5
+    rows, columns = 1024 // block_size[0], 1024 // block_size[1]
     q = torch.empty((2, 4, 1024, form.head_dim), dtype=form.dtype, device="cuda")
     k = q[:, :2] if form.loaded else q
     bias = _floats(2, 4, 1024) if form.loaded else None
-    gate = _floats(2, 4, 8, 8) if form.loaded else None
-    bits = _integers(1, 1, 8, 128, 4) if form.loaded else None
-    partials = (_integers(1, 1, 9), _integers(1, 1, 8), _integers(1, 1, 8))
-    absent = (None, None, None)
-    lists = IndexLists(
-        _integers(1, 1, 9), _integers(1, 1, 64), *(partials if form.loaded else absent)
-    )
-    block_size, scale = (128, 128), form.head_dim**-0.5
+    gate = _floats(2, 4, rows, columns) if form.loaded else None
+    bits = None
+    row_lists, column_lists = _lists(rows), _lists(columns)
+    if form.loaded or form.partial:
+        bits = _integers(1, 1, 8, block_size[0], block_size[1] // 32)
+        row_lists = row_lists._replace(**_partial(rows))
+        column_lists = column_lists._replace(**_partial(columns))
     out, lse = forward.forward(
-        q, k, k, bias, gate, lists, bits, block_size, scale, num_splits=form.splits
+        q, k, k, bias, gate, row_lists, bits, block_size, scale, num_splits=form.splits
     )
     backward.backward(
-        out, None, out, lse, q, k, k, bias, gate, lists, lists, bits, block_size, scale,
-        (form.loaded, form.loaded),
+        out, None, out, lse, q, k, k, bias, gate, row_lists, column_lists, bits, block_size,
+        scale, (form.loaded, form.loaded),
     )  # fmt: skip
+
+
+def _lists(lines: int) -> IndexLists:
+    return IndexLists(_integers(1, 1, lines + 1), _integers(1, 1, 64), None, None, None)
+
+
+def _partial(lines: int) -> dict[str, Tensor]:
+    return {
+        "partial_offsets": _integers(1, 1, lines + 1),
+        "partial_indices": _integers(1, 1, 8),
+        "partial_slots": _integers(1, 1, 8),
+    }
 
 
 def _floats(*shape: int) -> Tensor:

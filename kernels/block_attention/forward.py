@@ -20,6 +20,7 @@ from ..tiles import (
     dot_rows,
     list_range,
     load_rows,
+    load_tile,
     ragged_tile,
     store_rows,
     token_is_visible,
@@ -63,10 +64,10 @@ def walk_list(
     IS_PARTIAL: tl.constexpr, CHECK_KEYS: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_GATE: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     MASK_BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, IS_TMA: tl.constexpr,
 ):  # fmt: skip
     """Attend to the tiles `first` to `last` of one row's list."""
-    k_ptr, v_ptr, k_stride, v_stride, k_len = keys_at
+    k_ptr, v_ptr, k_stride, v_stride, k_len, place = keys_at
     bias_ptr, gate_ptr, gate_stride = extras_at
     indices_ptr, slots_ptr = list_at
     bits_ptr, bits_slot_stride, bits_row_stride = bits_at
@@ -83,8 +84,8 @@ def walk_list(
         if HAS_BIAS:
             bias = tl.load(bias_ptr + keys, mask=key_ok, other=float("-inf"))
             key_ok = bias != float("-inf")  # a hidden key is never loaded: its NaN stays there
-        k0, k1 = load_rows(k_ptr + key * k_stride, k_stride, key_ok, BLOCK_K, D, D0, D1, CHECKED)
-        v0, v1 = load_rows(v_ptr + key * v_stride, v_stride, key_ok, BLOCK_K, D, D0, D1, CHECKED)
+        k0, k1 = load_tile(k_ptr, place, key, k_stride, key_ok, BLOCK_K, D, D0, D1, CHECKED, IS_TMA)
+        v0, v1 = load_tile(v_ptr, place, key, v_stride, key_ok, BLOCK_K, D, D0, D1, CHECKED, IS_TMA)
         s = dot_rows(q0, q1, k0, k1, D1, PRECISION)  # [BLOCK_Q, BLOCK_K]
         shift = 0.0
         if HAS_GATE:
@@ -131,7 +132,7 @@ def block_attention_fwd_kernel(
     HAS_PARTIAL: tl.constexpr, HAS_SPLITS: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     MASK_BLOCK_Q: tl.constexpr, MASK_BLOCK_K: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, IS_TMA: tl.constexpr,
 ):  # fmt: skip
     """o and lse. One program: BLOCK_Q queries of one head, one part of their row's lists.
 
@@ -147,8 +148,9 @@ def block_attention_fwd_kernel(
     query_ok = queries < q_len
     mask_head = batch * mask_batch_step + head * mask_head_step
     q_ptr += batch * q_strides[0] + head * q_strides[1] + start.to(tl.int64) * q_strides[2]
-    k_ptr += batch * k_strides[0] + (head // GROUP) * k_strides[1]
-    v_ptr += batch * v_strides[0] + (head // GROUP) * v_strides[1]
+    if not IS_TMA:
+        k_ptr += batch * k_strides[0] + (head // GROUP) * k_strides[1]
+        v_ptr += batch * v_strides[0] + (head // GROUP) * v_strides[1]
     bias_ptr += batch * bias_strides[0] + head * bias_strides[1]
     gate_ptr += batch * gate_strides[0] + head * gate_strides[1] + row * gate_strides[2]
     bits_ptr += batch * bits_strides[0] + head * bits_strides[1]
@@ -156,7 +158,7 @@ def block_attention_fwd_kernel(
     indices_ptr += mask_head * capacity
     at = mask_head * partial_capacity
     partial_list = (partial_indices_ptr + at, slots_ptr + at)
-    keys_at = (k_ptr, v_ptr, k_strides[2], v_strides[2], k_len)
+    keys_at = (k_ptr, v_ptr, k_strides[2], v_strides[2], k_len, (batch, head // GROUP))
     extras_at = (bias_ptr, gate_ptr, gate_strides[3])
     bits_at = (bits_ptr, bits_strides[2], bits_strides[3])
 
@@ -174,6 +176,7 @@ def block_attention_fwd_kernel(
             acc0, acc1, m, l, q0, q1, first, last,
             keys_at, extras_at, partial_list, bits_at, scale,
             True, True, HAS_BIAS, HAS_GATE, D, D0, D1, MASK_BLOCK_K, BLOCK_Q, BLOCK_K, PRECISION,
+            IS_TMA,
         )  # fmt: skip
     first, last = list_range(offsets_ptr + mask_head * (num_rows + 1), row, TILES)
     ragged = ragged_tile(indices_ptr, first, last, num_columns, k_len, MASK_BLOCK_K, TILES)
@@ -186,12 +189,14 @@ def block_attention_fwd_kernel(
         acc0, acc1, m, l, q0, q1, first, ragged,
         keys_at, extras_at, (indices_ptr, slots_ptr), bits_at, scale,
         False, False, HAS_BIAS, HAS_GATE, D, D0, D1, MASK_BLOCK_K, BLOCK_Q, BLOCK_K, PRECISION,
+        IS_TMA,
     )  # fmt: skip
     if not HAS_BIAS:
         acc0, acc1, m, l = walk_list(
             acc0, acc1, m, l, q0, q1, ragged, last,
             keys_at, extras_at, (indices_ptr, slots_ptr), bits_at, scale,
             False, True, HAS_BIAS, HAS_GATE, D, D0, D1, MASK_BLOCK_K, BLOCK_Q, BLOCK_K, PRECISION,
+            IS_TMA,
         )  # fmt: skip
     share = 1.0 / tl.where(l == 0.0, 1.0, l)
     acc0 *= share[:, None]
@@ -269,7 +274,9 @@ def forward(
     call = Call.prepare(q, k, v, key_bias, block_gate, rows, token_bits, block_size, scale)
     if out.numel() == 0:
         return out, lse
-    launch, options = call.pick(tuning.FORWARD)
+    q, k, v, *extras = call.tensors
+    launch, options = call.pick(tuning.FORWARD, k, v)
+    k_source, v_source = call.sources(launch.tile_k, options, k, v)
     num_tiles = triton.cdiv(q.shape[2], launch.tile_q)
     programs = q.shape[0] * q.shape[1] * num_tiles
     if num_splits is None:
@@ -280,7 +287,7 @@ def forward(
         o_lse = q.new_empty((num_splits, *q.shape[:3]), dtype=torch.float32)
     with call.device:
         block_attention_fwd_kernel[(programs, num_splits)](
-            *call.tensors, *call.row_lists, call.bits, o, o_lse,
+            q, k_source, v_source, *extras, *call.row_lists, call.bits, o, o_lse,
             *call.strides, out.stride()[:3], *call.extra_strides,
             q.shape[1], q.shape[2], k.shape[2], call.num_rows, num_tiles, call.num_columns,
             *call.mask_steps, *call.row_capacities, num_splits, call.scale,

@@ -1,7 +1,8 @@
 """Launch parameters of block attention, chosen from compiled resources; MEASURED says which not.
 
-A row serves inputs of at most `head_dim` columns and of `itemsize` bytes on GPUs of one generation;
-the first row that fits is taken. A tile never exceeds the mask's block.
+A row serves inputs of at most `head_dim` columns and of `itemsize` bytes on GPUs of one generation.
+Of several such rows the first is taken whose tiles divide the mask's blocks, else the last, its
+tiles cut to what divides them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ class Row(NamedTuple):
         Up to 8 are addresses that the compiler parks to fit one more block of threads. Where more
         are allowed, a head dim in two chunks, or a bias and a gate together, need them; the plain
         power of two does not, and it is what the tile was chosen for.
+    tma: whether the tiles that a program walks are loaded by descriptor (TMA, Hopper on)
+        where the inputs allow it, else by pointers.
     """
 
     capability: int
@@ -28,6 +31,7 @@ class Row(NamedTuple):
     launch: Launch
     float32: str = "tf32x3"
     spills: int = 0
+    tma: bool = False
 
 
 # table -> capability of its rows -> GPU, versions and date of the measurement; absent: unmeasured
@@ -36,13 +40,19 @@ MEASURED: dict[str, dict[int, str]] = {}
 # fmt: off
 #                    cap  bytes  D           tile_q  tile_k  warps  stages
 FORWARD = (
-    Row(              90,   2,   64, Launch(    128,    128,     8,      3)),
-    Row(              90,   2,  128, Launch(    128,     64,     8,      3)),
-    Row(              90,   2,  256, Launch(     64,     32,     8,      3)),
+    Row(              90,   2,   64, Launch(    128,    128,     8,      3), spills=8, tma=True),
+    Row(              90,   2,   64, Launch(    128,     64,     8,      3), tma=True),
+    Row(              90,   2,   64, Launch(     64,     64,     4,      3), tma=True),
+    Row(              90,   2,   80, Launch(    128,     64,     8,      3), tma=True),
+    Row(              90,   2,   80, Launch(     64,     64,     8,      2), tma=True),
+    Row(              90,   2,  128, Launch(    128,     64,     8,      3), tma=True),
+    Row(              90,   2,  128, Launch(     64,     64,     4,      2), tma=True),
+    Row(              90,   2,  256, Launch(     64,     32,     8,      3), tma=True),
     Row(              90,   4,   64, Launch(     64,     32,     4,      3)),
     Row(              90,   4,  128, Launch(     32,     16,     8,      2), "ieee"),
     Row(              90,   4,  256, Launch(     32,     16,     8,      1), "ieee"),
     Row(              80,   2,   64, Launch(    128,     64,     8,      3)),
+    Row(              80,   2,   64, Launch(     64,     64,     4,      3), spills=8),
     Row(              80,   2,  128, Launch(     64,     32,     4,      2), spills=8),
     Row(              80,   2,  256, Launch(     32,     32,     4,      2), spills=8),
     Row(              80,   4,   64, Launch(     32,     32,     4,      2), spills=16),
@@ -51,9 +61,13 @@ FORWARD = (
 )
 
 BACKWARD_DKV = (
-    Row(              90,   2,   64, Launch(     64,     64,     8,      2), spills=24),
-    Row(              90,   2,  128, Launch(     32,     64,     8,      2), spills=24),
-    Row(              90,   2,  256, Launch(     32,     32,     8,      2), spills=24),
+    Row(              90,   2,   48, Launch(     64,    128,     8,      2), spills=24, tma=True),
+    Row(              90,   2,   48, Launch(     32,     64,     4,      2), tma=True),
+    Row(              90,   2,   64, Launch(     64,    128,     8,      2), spills=16, tma=True),
+    Row(              90,   2,   64, Launch(     64,     64,     4,      2), spills=24, tma=True),
+    Row(              90,   2,   96, Launch(     32,     64,     8,      2), spills=16, tma=True),
+    Row(              90,   2,  128, Launch(     64,     64,     8,      2), spills=32, tma=True),
+    Row(              90,   2,  256, Launch(     32,     32,     8,      2), spills=24, tma=True),
     Row(              90,   4,   64, Launch(     16,     32,     4,      2), spills=8),
     Row(              90,   4,  128, Launch(     16,     32,     8,      1), "ieee", 8),
     Row(              90,   4,  256, Launch(     16,     16,     8,      1), "ieee", 8),
@@ -66,9 +80,16 @@ BACKWARD_DKV = (
 )
 
 BACKWARD_DQ = (
-    Row(              90,   2,   64, Launch(    128,     64,     8,      2)),
-    Row(              90,   2,  128, Launch(     64,     64,     8,      2)),
-    Row(              90,   2,  256, Launch(     64,     32,     8,      2), spills=8),
+    Row(              90,   2,   48, Launch(    128,     64,     8,      2), tma=True),
+    Row(              90,   2,   48, Launch(     64,     64,     4,      2), spills=8, tma=True),
+    Row(              90,   2,   64, Launch(    128,    128,     8,      2), tma=True),
+    Row(              90,   2,   64, Launch(    128,     64,     8,      2), tma=True),
+    Row(              90,   2,   64, Launch(     64,     64,     4,      2), tma=True),
+    Row(              90,   2,   96, Launch(    128,     64,     8,      2), tma=True),
+    Row(              90,   2,   96, Launch(     64,     64,     8,      2), spills=8, tma=True),
+    Row(              90,   2,  128, Launch(    128,     64,     8,      2), tma=True),
+    Row(              90,   2,  128, Launch(     64,     64,     4,      2), spills=8, tma=True),
+    Row(              90,   2,  256, Launch(     64,     32,     8,      2), spills=8, tma=True),
     Row(              90,   4,   64, Launch(     64,     32,     4,      1)),
     Row(              90,   4,  128, Launch(     32,     32,     8,      1), "ieee", 8),
     Row(              90,   4,  256, Launch(     32,     16,     8,      2), "ieee", 8),
@@ -81,6 +102,7 @@ BACKWARD_DQ = (
 )
 # fmt: on
 
+MAX_TILE = 128  # no tile has more rows
 # Rows of the small kernels before and after: queries a program handles.
 DELTA_ROWS = 64
 COMBINE_ROWS = 16
@@ -97,13 +119,23 @@ def generation(capability: int) -> int:
     return 90 if capability == 90 else 80
 
 
-def pick(table: tuple[Row, ...], capability: int, itemsize: int, head_dim: int) -> Row:
-    """Return the first row that fits."""
-    for row in table:
-        same = (row.capability, row.itemsize) == (generation(capability), itemsize)
-        if same and head_dim <= row.head_dim:
+def pick(
+    table: tuple[Row, ...],
+    capability: int,
+    itemsize: int,
+    head_dim: int,
+    block_size: tuple[int, int] = (MAX_TILE, MAX_TILE),
+) -> Row:
+    """Return the first row whose tiles divide the blocks, else the last, whose tiles are cut."""
+    kind = (generation(capability), itemsize)
+    rows = [r for r in table if (r.capability, r.itemsize) == kind and head_dim <= r.head_dim]
+    if not rows:
+        raise NotImplementedError(
+            f"block_attention: no launch row for capability {capability}, {itemsize} bytes, "
+            f"head dim {head_dim}"
+        )
+    rows = [row for row in rows if row.head_dim == rows[0].head_dim]
+    for row in rows:
+        if not (block_size[0] % row.launch.tile_q or block_size[1] % row.launch.tile_k):
             return row
-    raise NotImplementedError(
-        f"block_attention: no launch row for capability {capability}, {itemsize} bytes, "
-        f"head dim {head_dim}"
-    )
+    return rows[-1]

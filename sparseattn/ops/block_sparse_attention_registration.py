@@ -51,7 +51,8 @@ def apply(
     if not torch.compiler.is_compiling():
         flops.register()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _BlockSparseAttention.apply(*inputs, *rows, *columns, *options)
+        constants = (*rows, *columns, *options)
+        return _BlockSparseAttention.apply(*inputs, *(_saveable(value) for value in constants))
     return torch.ops.sparseattn.block_sparse_attention.default(*inputs, *rows, *options)
 
 
@@ -59,6 +60,13 @@ def _flat(full: Any, partial: Any) -> tuple[Tensor | None, ...]:
     if partial is None:
         return full.offsets, full.indices, None, None, None
     return full.offsets, full.indices, partial.offsets, partial.indices, partial.slots
+
+
+def _saveable(value: Any) -> Any:
+    """Copy a tensor made under inference_mode, which autograd would not save."""
+    if torch.compiler.is_compiling() or not isinstance(value, Tensor) or not value.is_inference():
+        return value
+    return value.clone()
 
 
 class _BlockSparseAttention(torch.autograd.Function):

@@ -348,3 +348,16 @@ def test_gradients_of_one_input_alone(wanted, impl):
     )
     (gradient,) = torch.autograd.grad((out, lse), leaf, (inputs.dout, inputs.dlse))
     assert equal(gradient, everything[f"d{wanted}"])
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_mask_made_under_inference_mode_serves_training(impl):
+    tokens = torch.rand(1, 1, 64, 64) < 0.5
+    with torch.inference_mode():
+        made = BlockMask.from_token_mask(tokens, (32, 32))
+    q = torch.randn(1, 1, 64, 16, requires_grad=True)
+    gradients = []
+    for mask in (made, BlockMask.from_token_mask(tokens, (32, 32))):
+        out = block_sparse_attention(q, q, q, mask, impl=impl)
+        gradients.append(torch.autograd.grad(out.sum(), q)[0])
+    assert torch.equal(*gradients)
