@@ -148,9 +148,8 @@ class Session:
         )
 
     def _bench(self, job: Job, seconds: float) -> dict[str, Any]:
-        command_file = discover.ROOT / "sparseattn" / "cli" / "bench.py"
-        if not self.args.runner and not command_file.is_file():
-            return _skipped("there is no command `sparseattn bench`")
+        if not self.args.runner and not (discover.BENCHMARKS / f"bench_{job.op}.py").is_file():
+            return _skipped(f"there is no bench_{job.op}.py")
         result = self.results.path.with_name(f"{job.op}.json")
         command = jobs.bench_command(job.op, self.args.device, result, seconds / 120)
         started = time.monotonic()
