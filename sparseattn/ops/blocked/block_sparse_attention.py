@@ -127,6 +127,8 @@ def _backward_chunk(
     ds = scratch.copy("ds", dp, wide).mul_(p)
     # delta is summed from the very p and dp it is taken from, so that what cancels does cancel
     delta = ds.sum(-1, keepdim=True)
+    if narrow != wide:  # torch's fused lse is off by 5e-5, so p sums to 1 only nearly, or to 0
+        delta /= p.sum(-1, keepdim=True).clamp_min_(0.5)
     if dlse_table is not None:
         dlse = plan.take(dlse_table, chunk)[..., None]
         delta -= dlse if bias is None else dlse.masked_fill(empty, 0)
