@@ -10,6 +10,7 @@ from sparseattn.ops.block_sparse_attention import block_sparse_attention
 from sparseattn.ops.orthogonal_features import orthogonal_features
 from sparseattn.ops.performer_attention import performer_attention
 from sparseattn.ops.submanifold_conv3d import submanifold_conv3d
+from sparseattn.ops.saliency_attention import saliency_attention
 from sparseattn.ops.topk_attention import topk_attention
 from sparseattn.structures.block_mask import BlockMask
 from sparseattn.structures.patch_grid import PatchGrid
@@ -31,5 +32,6 @@ __all__ = [
     "performer_attention",
     "revert",
     "submanifold_conv3d",
+    "saliency_attention",
     "topk_attention",
 ]

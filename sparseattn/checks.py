@@ -7,6 +7,7 @@ Wrong shape or value: ValueError. Wrong type or dtype: TypeError.
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -111,3 +112,28 @@ def require_int(op: str, argument: str, value: Any, *, low: int) -> None:
         raise TypeError(f"{op}: {argument} {describe(value)}; expected an int >= {low}")
     if value < low:
         raise ValueError(f"{op}: {argument} is {value}; expected an int >= {low}")
+
+
+def require_bool(op: str, argument: str, value: Any) -> None:
+    """Raise TypeError unless the value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {argument} {describe(value)}; expected a bool")
+
+
+def keep_share(op: str, keep: Any) -> int | tuple[int, int]:
+    """Check how much to keep: return a count, or a fraction as numerator and denominator.
+
+    As a ratio of whole numbers 0.28 of 25 is 7, although 0.28 * 25 comes to a little more.
+    """
+    rule = "an int >= 0 or a float in (0, 1]"
+    if isinstance(keep, bool) or not isinstance(keep, (int, float, torch.SymInt)):
+        raise TypeError(f"{op}: keep {describe(keep)}; expected {rule}")
+    if isinstance(keep, float):
+        if not 0 < keep <= 1:
+            raise ValueError(f"{op}: keep is {keep}; expected {rule}")
+        share = Fraction(keep).limit_denominator(10**6)
+        # smaller than a millionth: the least there is
+        return (share.numerator, share.denominator) if share.numerator else (1, 10**6)
+    if keep < 0:
+        raise ValueError(f"{op}: keep is {keep}; expected {rule}")
+    return keep  # type: ignore[return-value]

@@ -14,6 +14,7 @@ PUBLIC = ["BlockMask", "TileOrder", "block_sparse_attention", "topk_attention"]
 PUBLIC += ["SparseAttention", "convert", "patch_sdpa", "revert"]
 PUBLIC += ["PatchGrid", "PatchMask", "submanifold_conv3d"]
 PUBLIC += ["orthogonal_features", "performer_attention"]
+PUBLIC += ["saliency_attention"]
 HOMES = {name: getattr(sparseattn, name).__module__ for name in PUBLIC}
 OPS = [name for name, home in HOMES.items() if home.startswith("sparseattn.ops.")]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -336,19 +335,10 @@ def check_always(
 
 def keep_count(keep: Any, num_columns: int, op: str = _OP) -> int:
     """Return how many of `num_columns` blocks a row keeps: a count, or a fraction rounded up."""
-    rule = "an int >= 0 or a float in (0, 1]"
-    if isinstance(keep, bool) or not isinstance(keep, (int, float, torch.SymInt)):
-        raise TypeError(f"{op}: keep {checks.describe(keep)}; expected {rule}")
-    if isinstance(keep, float):
-        if not 0 < keep <= 1:
-            raise ValueError(f"{op}: keep is {keep}; expected {rule}")
-        # as a ratio of whole numbers: 0.28 of 25 is 7, although 0.28 * 25 comes to a little more
-        share = Fraction(keep).limit_denominator(10**6)
-        numerator = share.numerator or 1  # smaller than a millionth: the least there is
-        return -(-num_columns * numerator // (share.denominator if share.numerator else 10**6))
-    if keep < 0:
-        raise ValueError(f"{op}: keep is {keep}; expected {rule}")
-    return keep if keep < num_columns else num_columns  # type: ignore[return-value]
+    share = checks.keep_share(op, keep)
+    if isinstance(share, tuple):
+        return -(-num_columns * share[0] // share[1])
+    return share if share < num_columns else num_columns
 
 
 def _bind_blocks(

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from sparseattn.ops.blocked import plan
+from sparseattn.ops.blocked import dense, plan
 from sparseattn.structures import token_bits as bits_of
 
 # Gathered keys of a chunk, for 64 queries a block: what keeps one step of the chunk in cache, and
@@ -27,10 +27,8 @@ _fused_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 def forward(problem: plan.Problem) -> tuple[Tensor, Tensor]:
     """Return o like q, and the natural-log lse [B, H, Nq] in the accumulation dtype."""
     q = problem.q
-    if _is_dense(problem):
-        out = torch.empty_like(q)
-        o, lse = _fused_cpu(q, problem.k, problem.v, scale=problem.scale)
-        return out.copy_(o), lse.contiguous()
+    if dense.fits(problem):
+        return dense.forward(problem)
     out = torch.zeros_like(q) if problem.has_empty_rows else torch.empty_like(q)
     lse = q.new_full(q.shape[:3], -math.inf, dtype=plan.accumulate_dtype(q.dtype))
     attend, most_keys = (_fused, _FUSED_KEYS) if _is_fused(q) else (_attend, _FORWARD_KEYS)
@@ -63,8 +61,8 @@ def backward(
     """Return dq, dk, dv, and the gradients of key_bias and block_gate where `needs` says so."""
     q, k, v = problem.q, problem.k, problem.v
     wide = plan.accumulate_dtype(q.dtype)
-    if dlse is None and _is_dense(problem):
-        return *_dense_backward(problem, out, lse, dout), None, None
+    if dense.fits(problem):
+        return *dense.backward(problem, out, lse, dout, dlse, needs[0]), None
     dq = torch.zeros_like(q) if problem.has_empty_rows else torch.empty_like(q)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     bias = problem.padded_bias
@@ -207,31 +205,6 @@ def _fused(
     o.copy_(made.view(o.shape))
     lse = lse.view(queries.shape[:2])
     return lse if bias is None else lse.where((bias > -math.inf).any(-1), -math.inf)
-
-
-def _is_dense(problem: plan.Problem) -> bool:
-    """Whether one mask for the whole batch shows everything, in a form torch's attention takes.
-
-    A mask for each sample stays out, or what its batch mates see would change a sample's rounding.
-    """
-    q, k, rows = problem.q, problem.k, problem.rows
-    plain = problem.key_bias is None and problem.block_gate is None and problem.token_bits is None
-    if q.device.type != "cpu" or not plain or problem.group != 1 or not q.numel() * k.numel():
-        return False
-    if rows.offsets.shape[0] > 1:
-        return False
-    every_block = rows.offsets.shape[-1] - 1, -(-k.shape[2] // problem.block_size[1])
-    return bool((rows.offsets[..., -1] == math.prod(every_block)).all())
-
-
-def _dense_backward(
-    problem: plan.Problem, out: Tensor, lse: Tensor, dout: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = problem.q, problem.k, problem.v
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-    gradients = fused(dout, *inputs, out, lse, 0.0, False, scale=problem.scale)
-    dq, dk, dv = (torch.empty_like(x).copy_(g) for x, g in zip(inputs, gradients, strict=True))
-    return dq, dk, dv
 
 
 def _is_fused(queries: Tensor) -> bool:

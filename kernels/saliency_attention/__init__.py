@@ -1,0 +1,1 @@
+"""Compaction of kept tokens; serves saliency_attention."""

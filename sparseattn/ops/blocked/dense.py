@@ -1,0 +1,125 @@
+"""Where a mask shows every block: torch's fused attention, which knows no gradient of bias and lse.
+
+Columns beside the head dim carry them, and leave every logit and output as it is. With c beside q,
+and 0 beside k, the columns of dk have scale * c * sum_i ds_ij among them. With -dlse beside dout, 1
+beside out, and 0 beside v, the backward's delta = dout.out becomes dout.out - dlse.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sparseattn.ops.blocked import plan
+
+_COLUMNS = 8  # added to the head dim: at most four are used, the others keep rows aligned
+_PIECES = {2: 3, 4: 1, 8: 1}  # numbers of so many bytes that hold a gradient of lse exactly
+
+_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+class _Inputs(NamedTuple):
+    """What torch's attention is given: as many key heads as query heads, nothing that is NaN.
+
+    unseen: bool [B, 1 or H, 1, 1], the queries that see nothing; None if there are none.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None  # [B, 1 or H, 1, Nk]
+    unseen: Tensor | None
+
+
+def fits(problem: plan.Problem) -> bool:
+    """Whether one mask for the whole batch shows everything, in a form torch's attention takes.
+
+    A mask for each sample stays out, or what its batch mates see would change a sample's rounding.
+    """
+    q, k, rows = problem.q, problem.k, problem.rows
+    plain = problem.block_gate is None and problem.token_bits is None
+    if q.device.type != "cpu" or not plain or not q.numel() * k.numel():
+        return False
+    if rows.offsets.shape[0] > 1 or (problem.key_bias is not None and problem.scale == 0):
+        return False
+    every_block = rows.offsets.shape[-1] - 1, -(-k.shape[2] // problem.block_size[1])
+    return bool((rows.offsets[..., -1] == math.prod(every_block)).all())
+
+
+def forward(problem: plan.Problem) -> tuple[Tensor, Tensor]:
+    """Return o like q, and the natural-log lse [B, H, Nq] in the accumulation dtype."""
+    x = _inputs(problem)
+    out = torch.empty_like(problem.q)
+    o, lse = _fused(x.q, x.k, x.v, attn_mask=x.bias, scale=problem.scale)
+    out.copy_(o)
+    if x.unseen is not None:
+        out.masked_fill_(x.unseen, 0)
+        lse = lse.masked_fill(x.unseen[..., 0], -math.inf)
+    return out, lse.contiguous()
+
+
+def backward(
+    problem: plan.Problem,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return dq, dk, dv, and the gradient of key_bias if it is wanted."""
+    x = _inputs(problem)
+    head_dim = problem.q.shape[3]
+    if x.unseen is not None:
+        dout = dout.masked_fill(x.unseen, 0)
+        lse = lse.masked_fill(x.unseen[..., 0], 0)
+        dlse = None if dlse is None else dlse.masked_fill(x.unseen[..., 0], 0)
+    given = [dout, x.q, x.k, x.v, out]
+    if needs_bias or dlse is not None:
+        given = [pad(t, (0, _COLUMNS)) for t in given]
+    factor = 2.0 ** -round(math.log2(abs(problem.scale))) if needs_bias else 1.0
+    if needs_bias:
+        given[1][..., head_dim] = factor  # this column of dk is about as large as dbias
+    if dlse is not None:
+        for piece in range(1, 1 + _PIECES[out.element_size()]):
+            given[0][..., head_dim + piece] = -dlse
+            given[4][..., head_dim + piece] = 1
+            dlse = dlse + given[0][..., head_dim + piece]
+    dq, dk, dv = _fused_backward(
+        *given, lse, 0.0, False, attn_mask=x.bias, scale=problem.scale
+    )  # fmt: skip
+    dbias = None
+    if needs_bias and problem.key_bias is not None:
+        dbias = dk[..., head_dim].to(lse.dtype) / (problem.scale * factor)
+        if problem.key_bias.shape[1] == 1:
+            dbias = dbias.sum(1, keepdim=True)
+    sums = [t[..., :head_dim] for t in (dk, dv)]
+    if problem.group > 1:
+        sums = [t.unflatten(1, (-1, problem.group)).sum(2, dtype=lse.dtype) for t in sums]
+    dq = torch.empty_like(problem.q).copy_(dq[..., :head_dim])
+    dk, dv = (
+        torch.empty_like(t).copy_(s) for t, s in zip((problem.k, problem.v), sums, strict=True)
+    )
+    return dq, dk, dv, None if dbias is None else dbias.contiguous()
+
+
+def _inputs(problem: plan.Problem) -> _Inputs:
+    q, k, v, bias = problem.q, problem.k, problem.v, problem.key_bias
+    if problem.group > 1:
+        k, v = (t.repeat_interleave(problem.group, 1) for t in (k, v))
+    if bias is None:
+        return _Inputs(q, k, v, None, None)
+    bias = bias.to(plan.accumulate_dtype(q.dtype))
+    hidden = bias == -math.inf
+    unseen = None
+    if bool(hidden.any()):  # what hidden keys hold, even NaN, reaches nobody
+        k, v = (t.masked_fill(hidden[..., None], 0) for t in (k, v))
+        alone = hidden.all(-1, keepdim=True)
+        if bool(alone.any()):
+            unseen = alone[..., None]
+            q, bias = q.masked_fill(unseen, 0), bias.masked_fill(alone, 0)
+    return _Inputs(q, k, v, bias[:, :, None], unseen)
