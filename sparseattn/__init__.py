@@ -9,8 +9,8 @@ from sparseattn.layers.sparse_attention import SparseAttention
 from sparseattn.ops.block_sparse_attention import block_sparse_attention
 from sparseattn.ops.orthogonal_features import orthogonal_features
 from sparseattn.ops.performer_attention import performer_attention
-from sparseattn.ops.submanifold_conv3d import submanifold_conv3d
 from sparseattn.ops.saliency_attention import saliency_attention
+from sparseattn.ops.submanifold_conv3d import submanifold_conv3d
 from sparseattn.ops.topk_attention import topk_attention
 from sparseattn.structures.block_mask import BlockMask
 from sparseattn.structures.patch_grid import PatchGrid
@@ -31,7 +31,7 @@ __all__ = [
     "patch_sdpa",
     "performer_attention",
     "revert",
-    "submanifold_conv3d",
     "saliency_attention",
+    "submanifold_conv3d",
     "topk_attention",
 ]
