@@ -12,6 +12,7 @@ from sparseattn.ops import block_sparse_attention_flops as flops
 from sparseattn.ops.blocked import block_sparse_attention as blocked
 from sparseattn.ops.blocked.plan import Problem
 from sparseattn.ops.blocked.plan import accumulate_dtype as wide_dtype
+from sparseattn.ops.once import differentiated_once
 from sparseattn.structures.block_mask import BlockMask
 
 _LISTS = "Tensor {0}_offsets, Tensor {0}_indices, Tensor? partial_{0}_offsets, "
@@ -92,28 +93,8 @@ class _BlockSparseAttention(torch.autograd.Function):
             dout, dlse, *saved, *ctx.options, needs[3], needs[4]
         )
         wanted = tuple(g if need else None for g, need in zip(gradients, needs[:5], strict=True))
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            wanted = _DifferentiatedOnce.apply(wanted, dout, dlse, *saved)
+        wanted = differentiated_once("block_sparse_attention", wanted, dout, dlse, *saved)
         return *wanted, *(None,) * (len(needs) - 5)
-
-
-class _DifferentiatedOnce(torch.autograd.Function):
-    """Passes gradients on, tied to all they come from, and refuses a derivative of them.
-
-    torch's `once_differentiable` looks at dout alone: where that is a constant, a gradient penalty
-    would pass for one without a gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gradients: tuple[Tensor | None, ...], *sources: Tensor | None) -> Any:
-        return tuple(None if g is None else g.detach() for g in gradients)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> None:
-        raise RuntimeError(
-            "block_sparse_attention: its gradient cannot be differentiated, so no loss may use it "
-            "twice; expected first derivatives only (impl='reference' has higher ones)"
-        )
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

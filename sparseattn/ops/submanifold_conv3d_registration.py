@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparseattn.ops.blocked import submanifold_conv3d as blocked
 from sparseattn.ops.blocked.plan import accumulate_dtype as wide_dtype
+from sparseattn.ops.once import differentiated_once
 
 _ARGUMENTS = "Tensor x, Tensor neighbours, Tensor order, Tensor weight"
 _OPTIONS = "int[] dilation, int groups, str impl"
@@ -56,24 +57,8 @@ class _SubmanifoldConv3d(torch.autograd.Function):
             dy, *ctx.saved_tensors, *ctx.options, needs_x, needs_weight, needs_bias
         )
         wanted = (dx if needs_x else None, dw if needs_weight else None, db if needs_bias else None)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            wanted = _DifferentiatedOnce.apply(wanted, dy, *ctx.saved_tensors)
+        wanted = differentiated_once("submanifold_conv3d", wanted, dy, *ctx.saved_tensors)
         return wanted[0], None, None, wanted[1], wanted[2], None, None, None
-
-
-class _DifferentiatedOnce(torch.autograd.Function):
-    """Passes gradients on, tied to all they come from, and refuses a derivative of them."""
-
-    @staticmethod
-    def forward(ctx: Any, gradients: tuple[Tensor | None, ...], *sources: Tensor) -> Any:
-        return tuple(None if g is None else g.detach() for g in gradients)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> None:
-        raise RuntimeError(
-            "submanifold_conv3d: its gradient cannot be differentiated, so no loss may use it "
-            "twice; expected first derivatives only (impl='reference' has higher ones)"
-        )
 
 
 def _forward(
