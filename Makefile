@@ -25,8 +25,8 @@ help:
 	@echo "make test    the tests, on the CPU and on a GPU where there is one"
 	@echo "make check   lint, format and types; changes nothing"
 	@echo "make fix     lint and format, mending what can be mended"
-	@echo "make cubins  compile the launch rows of all kernels for sm_80, sm_90, sm_100; needs no GPU"
-	@echo "make cubins-all  the same with every feature of a row; writes docs/cubins.md"
+	@echo "make cubins  compile the kernels for sm_80, sm_90, sm_100 and all rows of sm_90; needs no GPU"
+	@echo "make cubins-all  every row with every feature, both versions of Triton; writes docs/cubins.md"
 	@echo "make gpu-proof  prove every op on the GPU at hand; without one, rehearse it in the interpreter"
 	@echo "make bench   one benchmark: make bench OP=block_sparse_attention"
 	@echo "make tables  the README's tables and the plots, from benchmarks/results"
@@ -47,10 +47,11 @@ fix: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The first case of each row; with the older Triton for Hopper only, to stay short.
+# Every row for Hopper, every kernel for the others and with the older Triton: some minutes in all.
 cubins: $(READY) $(OLD_TRITON)/.installed
-	PYTHONPATH=benchmarks $(BIN)/python -m cubins
-	PYTHONPATH=$(OLD_TRITON):benchmarks $(BIN)/python -m cubins --capability 90
+	PYTHONPATH=benchmarks $(BIN)/python -m cubins --capability 90
+	PYTHONPATH=benchmarks $(BIN)/python -m cubins --kernels --capability 80 --capability 100
+	PYTHONPATH=$(OLD_TRITON):benchmarks $(BIN)/python -m cubins --kernels --capability 90
 
 cubins-all: $(READY) $(OLD_TRITON)/.installed
 	PYTHONPATH=benchmarks $(BIN)/python -m cubins --all --json build/cubins/pinned.json

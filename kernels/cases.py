@@ -21,7 +21,7 @@ class Case(NamedTuple):
         a GPU of the wanted capability; they hold no meaningful numbers.
 
     The first case of a row is its plain one: `make cubins` compiles it, and the table of resources
-    shows it. The others are compiled by `make cubins-all`.
+    shows it (for sm_80 and sm_100 only the first of a kernel). `make cubins-all` compiles all.
     """
 
     kernel: str

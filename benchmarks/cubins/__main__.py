@@ -40,7 +40,9 @@ def line(record: dict[str, Any]) -> str:
 def main() -> int:
     """Compile what the command line asks for."""
     parser = argparse.ArgumentParser(prog="cubins", description=__doc__.split("\n")[0])
-    parser.add_argument("--all", action="store_true", help="every case, not each row's first")
+    scopes = parser.add_mutually_exclusive_group()
+    scopes.add_argument("--all", action="store_true", help="every case, not each row's first")
+    scopes.add_argument("--kernels", action="store_true", help="the first case of each kernel")
     parser.add_argument("--capability", type=int, action="append", choices=families.CAPABILITIES)
     parser.add_argument("--only", default="", help="kernels and inputs that contain this text")
     parser.add_argument("--package", default="sparseattn.kernels", help="where families are")
@@ -53,7 +55,8 @@ def main() -> int:
     missing = families.omissions(args.package)
     for omission in missing:
         print(f"FAIL {omission}")
-    jobs = families.jobs(args.package, args.capability or families.CAPABILITIES, args.all)
+    scope = "cases" if args.all else "kernels" if args.kernels else "rows"
+    jobs = families.jobs(args.package, args.capability or families.CAPABILITIES, scope)
     jobs = [job for job in jobs if args.only in _label(job)]
     processes = multiprocessing.get_context("spawn")  # a fork after torch has threads may hang
     records = []

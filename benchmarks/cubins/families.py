@@ -42,16 +42,17 @@ def cases(job: Job) -> list[Case]:
     return list(module.cases(job.capability))
 
 
-def jobs(package: str, capabilities: Iterable[int], every: bool) -> list[Job]:
-    """Return what is to be compiled: all cases, or the first of each kernel and row."""
+def jobs(package: str, capabilities: Iterable[int], scope: str) -> list[Job]:
+    """Return what is to be compiled: all "cases", or the first of each of the "rows", "kernels"."""
     families = [name.split(".")[0] for name in modules(package) if name.endswith(".cases")]
     found = []
     for family in families:
         for capability in capabilities:
             first = set()
             for index, case in enumerate(cases(Job(package, family, capability, 0))):
-                key = (case.kernel, repr(case.row))
-                if every or key not in first:
+                row = "" if scope == "kernels" else repr(case.row)
+                key = (case.kernel, row)
+                if scope == "cases" or key not in first:
                     found.append(Job(package, family, capability, index))
                 first.add(key)
     return found
