@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparseattn.ops.blocked import submanifold_conv3d as blocked
 from sparseattn.ops.blocked.plan import accumulate_dtype as wide_dtype
-from sparseattn.ops.once import differentiated_once
+from sparseattn.ops.once import Gradients, differentiated_once
 
 _ARGUMENTS = "Tensor x, Tensor neighbours, Tensor order, Tensor weight"
 _OPTIONS = "int[] dilation, int groups, str impl"
@@ -56,7 +56,9 @@ class _SubmanifoldConv3d(torch.autograd.Function):
         dx, dw, db = torch.ops.sparseattn.submanifold_conv3d_backward.default(
             dy, *ctx.saved_tensors, *ctx.options, needs_x, needs_weight, needs_bias
         )
-        wanted = (dx if needs_x else None, dw if needs_weight else None, db if needs_bias else None)
+        wanted: Gradients = (
+            dx if needs_x else None, dw if needs_weight else None, db if needs_bias else None,
+        )  # fmt: skip
         wanted = differentiated_once("submanifold_conv3d", wanted, dy, *ctx.saved_tensors)
         return wanted[0], None, None, wanted[1], wanted[2], None, None, None
 
