@@ -7,6 +7,7 @@ from sparseattn.convert import convert, revert
 from sparseattn.integrations.torch import patch_sdpa
 from sparseattn.layers.sparse_attention import SparseAttention
 from sparseattn.ops.block_sparse_attention import block_sparse_attention
+from sparseattn.ops.linformer_attention import linformer_attention
 from sparseattn.ops.orthogonal_features import orthogonal_features
 from sparseattn.ops.performer_attention import performer_attention
 from sparseattn.ops.saliency_attention import saliency_attention
@@ -27,6 +28,7 @@ __all__ = [
     "TileOrder",
     "block_sparse_attention",
     "convert",
+    "linformer_attention",
     "orthogonal_features",
     "patch_sdpa",
     "performer_attention",

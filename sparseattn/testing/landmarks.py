@@ -117,6 +117,28 @@ def performer(
     return replace(inputs, leaves=("q", "k", "v", "projection"))
 
 
+def linformer(
+    spec: LandmarkSpec,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    sharing: Literal["headwise", "key-value", "none"] = "headwise",
+) -> OpInputs:
+    """Make inputs of linformer_attention.
+
+    sharing: "headwise": one projection for all heads, keys and values; "key-value": one for keys
+        and one for values; "none": those for every head.
+    """
+    inputs = make(spec, dtype, device)
+    random = torch.Generator().manual_seed(spec.seed + 1)
+    k_len, heads = inputs.arguments["k"].shape[2], inputs.arguments["k"].shape[1]
+    shape = (*([heads] if sharing == "none" else []), spec.landmarks, k_len)
+    names = ["key_projection"] if sharing == "headwise" else ["key_projection", "value_projection"]
+    for name in names:
+        projection = torch.randn(shape, generator=random) / max(1, k_len) ** 0.5
+        inputs = inputs.changed(**{name: projection.to(device, dtype)})
+    return replace(inputs.changed(scale=spec.scale), leaves=("q", "k", "v", *names))
+
+
 def run(attend: Attend, inputs: OpInputs) -> dict[str, Tensor]:
     """Return the output and the gradient of every leaf."""
     leaves = {n: inputs.arguments[n].detach().requires_grad_() for n in inputs.leaves}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
-from sparseattn import performer_attention
+from sparseattn import linformer_attention, performer_attention
 from sparseattn.testing import landmarks
 from sparseattn.testing.landmarks import LandmarkSpec as Spec
 from sparseattn.testing.landmarks import require_close, run
@@ -22,8 +22,9 @@ OPS = {  # name: (op, maker of its inputs, options)
     "performer-cosh": (performer_attention, landmarks.performer, {"kernel": "cosh"}),
     "performer-relu": (performer_attention, landmarks.performer, {"kernel": "relu"}),
     "performer-eps": (performer_attention, landmarks.performer, {"eps": 1e-4}),
+    "linformer": (linformer_attention, landmarks.linformer, {}),
 }
-PLAIN = ["performer", "performer-eps"]
+PLAIN = ["performer", "performer-eps", "linformer"]
 BOTH = [(name, "torch") for name in OPS] + [("performer", "triton")]
 
 both = pytest.mark.parametrize(("name", "impl"), BOTH)
@@ -280,6 +281,21 @@ def test_arguments_are_checked(name):
 )
 def test_performer_errors(error, sentence, wrong):
     refused("performer", error, sentence, **wrong)
+
+
+LINFORMER_ERRORS = [
+    (TypeError, "key_projection is 3 (int)", {"key_projection": 3}),
+    (ValueError, "key_projection has shape [6, 11]", {"key_projection": torch.randn(6, 11)}),
+    (ValueError, "key_projection has shape [3, 6, 12]", {"key_projection": torch.randn(3, 6, 12)}),
+    (ValueError, "key_projection has shape [0, 12]", {"key_projection": torch.randn(0, 12)}),
+    (ValueError, "value_projection has shape [5, 12]", {"value_projection": torch.randn(5, 12)}),
+    (TypeError, "scale is 'no' (str)", {"scale": "no"}),
+]
+
+
+@pytest.mark.parametrize(("error", "sentence", "wrong"), LINFORMER_ERRORS)
+def test_linformer_errors(error, sentence, wrong):
+    refused("linformer", error, sentence, **wrong)
 
 
 @pytest.mark.parametrize("name", OPS)
