@@ -30,6 +30,7 @@ def serve(device: str, launches: int, folders: tuple[Path, ...]) -> int:
     matmul = torch.backends.cuda.matmul  # the naive reference as exact as it can be
     matmul.allow_fp16_reduced_precision_reduction = False
     matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cudnn.allow_tf32 = False  # of convolutions in float32, here and in the op
     files = discover.case_files(folders)
     cases: dict[str, dict[str, Case]] = {}
     _send(replies, "ready")
