@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sparseattn.testing.tolerance import Judgement, judge
+
 Size = Literal["small", "full", "edge", "huge"]
 Arguments = dict[str, Any]
 
@@ -45,6 +47,8 @@ class Case:
         magnitudes: magnitudes(arguments, sent, truth, dtype) -> the size of the terms that each
             result is summed of, as in `sparseattn.testing.tolerance.judge`; arguments, the sent
             gradients and the truth are float64, dtype is that of the call.
+        judge: the rule, called as `sparseattn.testing.tolerance.judge`: that one, or for linear
+            attentions `sparseattn.testing.landmarks.judge`.
         dtypes: in which the numbers are checked; the other checks take the first.
         skip: a reason for each check that cannot hold for this case.
     """
@@ -58,5 +62,6 @@ class Case:
     gradients: tuple[str, ...] = ("q", "k", "v")
     batched: tuple[str, ...] = ()
     magnitudes: Callable[..., Mapping[str, Tensor]] | None = None
+    judge: Callable[..., Judgement] = judge
     dtypes: tuple[str, ...] = (BFLOAT16, FLOAT16, FLOAT32)
     skip: Mapping[str, str] = field(default_factory=dict)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from proof.case import Arguments, Case
 from proof.trees import copy_into, same_bits, sample, tensors, to_float, with_mates
-from sparseattn.testing.tolerance import judge
 
 Results = dict[str, Tensor]
 
@@ -147,7 +146,7 @@ def _held(
     judgements = []
     for name, result in results.items():
         if truth[name].is_floating_point():
-            judgements.append(judge(name, result, naive[name], truth[name], sizes.get(name)))
+            judgements.append(case.judge(name, result, naive[name], truth[name], sizes.get(name)))
         elif not torch.equal(result, truth[name]):
             raise Wrong(f"{name} differs from the reference")
     if faults := [str(judgement) for judgement in judgements if not judgement.passed]:
