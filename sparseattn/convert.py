@@ -12,7 +12,7 @@ from torch import nn
 from sparseattn import checks
 from sparseattn.integrations import swap, torch, transformers
 from sparseattn.integrations.find import find_attention
-from sparseattn.layers.registry import METHODS, make_method
+from sparseattn.layers.registry import make_method
 
 _OP = "convert"
 
@@ -78,7 +78,7 @@ def convert(
 
     Args:
         model: changed in place.
-        method: "topk", "window" or "dense".
+        method: "topk", "saliency", "window" or "dense".
         skip: patterns of names, as of files (``"blocks.0.*"``), of modules to leave alone.
         dry_run: change nothing, only report.
         options: of the method, by name; see docs/layers.md. `prefix` defaults to the number of
@@ -94,19 +94,19 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{_OP}: model {checks.describe(model)}; expected an nn.Module")
-    make_method(method, options, _OP)
+    probe = make_method(method, options, _OP)
     if not dry_run:
         revert(model)
     patterns = (skip,) if isinstance(skip, str) else tuple(skip)
     report = Report(method, options, dry_run)
     chosen = []
     for found in find_attention(model):
-        reason = found.obstacle()
+        reason = found.obstacle(probe)
         if any(fnmatchcase(found.name, pattern) for pattern in patterns):
             reason = "named by skip"
         if reason is None:
             chosen.append(found)
-        note = found.remark(METHODS[method]) if reason is None else reason
+        note = found.remark(probe) if reason is None else reason
         report.entries.append(Entry(found.name, found.host_class, reason is None, note))
     if dry_run:
         return report

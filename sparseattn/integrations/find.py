@@ -20,8 +20,8 @@ _NAMED_ATTENTION = re.compile(r"attention|attn|sablock", re.IGNORECASE)
 class Host(Protocol):
     """What the file of a host library offers."""
 
-    def obstacle(self, module: Any) -> str | None:
-        """Return why a module cannot be made sparse, if so."""
+    def obstacle(self, module: Any, method: Method) -> str | None:
+        """Return why a module cannot attend by the method, if so."""
 
     def dropout(self, module: Any) -> float:
         """Return the share of attention weights that the host drops."""
@@ -45,18 +45,21 @@ class Found:
         """Full name of its class in the host library."""
         return host_class(self.module)
 
-    def obstacle(self) -> str | None:
-        """Return why it cannot be made sparse, if so."""
+    def obstacle(self, method: Method) -> str | None:
+        """Return why it cannot attend by the method, if so."""
         if self.host is None:
             return self.unknown
-        return self.host.obstacle(self.module)
+        return self.host.obstacle(self.module, method)
 
-    def remark(self, kind: type[Method]) -> str:
+    def remark(self, method: Method) -> str:
         """Return what a user should know of the swap."""
+        remarks = []
         dropout = 0.0 if self.host is None else self.host.dropout(self.module)
-        if not dropout or kind.takes_attn_bias:
-            return ""
-        return f"dropout {dropout:g} acts on what is attended, not on weights"
+        if dropout and not method.takes_attn_bias:
+            remarks.append(f"dropout {dropout:g} acts on what is attended, not on weights")
+        if method.needs_saliency:
+            remarks.append("its calls must give saliency=")
+        return ", ".join(remarks)
 
     def swap(self, method: str, options: dict[str, Any]) -> None:
         """Make it sparse."""

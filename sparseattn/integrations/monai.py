@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparseattn.integrations.swap import Swapped, adopt
+from sparseattn.integrations.swap import Swapped, adopt, saliency_obstacle
 from sparseattn.layers.method import Method
 
 HOSTS = ("monai.networks.blocks.selfattention.SABlock",)
@@ -39,12 +39,13 @@ class MonaiSABlock(Swapped):
             query_mask=key_mask,
             scale=self.scale,
             dropout=self.drop_weights.p if self.training else 0.0,
+            saliency=self.method.predict(x),
         )
         return self.drop_output(self.out_proj(self.out_rearrange(out)))
 
 
-def obstacle(module: Any) -> str | None:
-    """Return why an SABlock cannot be made sparse, if so."""
+def obstacle(module: Any, method: Method) -> str | None:
+    """Return why an SABlock cannot attend by the method, if so."""
     reasons = {
         "causal attention": module.causal,
         "relative position embedding": module.rel_positional_embedding is not None,
@@ -52,7 +53,7 @@ def obstacle(module: Any) -> str | None:
         "attention_dtype": module.attention_dtype is not None,
     }
     found = [reason for reason, holds in reasons.items() if holds]
-    return ", ".join(found) or None
+    return ", ".join(found) or saliency_obstacle(method)
 
 
 def dropout(module: Any) -> float:
@@ -62,4 +63,5 @@ def dropout(module: Any) -> float:
 
 def swap(module: Any, method: Method) -> None:
     """Make an SABlock sparse."""
-    adopt(module, MonaiSABlock, method)
+    project = module.qkv if module.use_combined_linear else module.to_q
+    adopt(module, MonaiSABlock, method, project.in_features)

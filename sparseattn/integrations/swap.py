@@ -27,19 +27,31 @@ class Swapped(nn.Module):
             """Say to mypy that the host's attributes are there."""
 
 
-def adopt(module: nn.Module, sparse_class: type[nn.Module], method: Method) -> None:
-    """Turn `module` into a `sparse_class` that attends by `method`."""
+def adopt(module: nn.Module, sparse_class: type[nn.Module], method: Method, width: int) -> None:
+    """Turn `module` into a `sparse_class` that attends by `method` to tokens of that width."""
     module.__dict__[_HOST_CLASS] = type(module)
     module.__class__ = sparse_class
-    adopt_method(module, method)
+    adopt_method(module, method, width)
 
 
-def adopt_method(module: nn.Module, method: Method) -> None:
-    """Give `module` a method, on its device and in its mode."""
+def adopt_method(module: nn.Module, method: Method, width: int | None = None) -> None:
+    """Give `module` a method, on its device and in its mode.
+
+    width: of the tokens; None where the method will not see them.
+    """
     parameter = next(module.parameters(), None)
     if parameter is not None:
         method.to(parameter.device)
+        if width is not None:
+            method.prepare(width, parameter.device, parameter.dtype)
     module.method = method.train(module.training)
+
+
+def saliency_obstacle(method: Method) -> str | None:
+    """Return why a module that is called with tokens alone cannot attend by the method, if so."""
+    if method.needs_saliency:
+        return f"method={method.name!r} needs a saliency in every call, or predictor=True"
+    return None
 
 
 def is_adopted(module: nn.Module) -> bool:

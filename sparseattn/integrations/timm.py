@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparseattn.integrations.swap import Swapped, adopt, refuse_causal, split_mask
+from sparseattn.integrations.swap import (
+    Swapped,
+    adopt,
+    refuse_causal,
+    saliency_obstacle,
+    split_mask,
+)
 from sparseattn.layers.method import Method
 from sparseattn.layers.registry import make_method
 
@@ -52,6 +58,7 @@ class TimmAttention(Swapped):
             attn_bias=attn_bias,
             scale=self.scale,
             dropout=self.attn_drop.p if self.training else 0.0,
+            saliency=self.method.predict(x),
         )
         out = self.norm(out.transpose(1, 2).flatten(2))
         if self.gate is not None:
@@ -99,9 +106,9 @@ class TimmRopeAttention(TimmAttention):
         return torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=half)], dim=2)
 
 
-def obstacle(module: Any) -> str | None:
-    """Return why an attention module cannot be made sparse, if so."""
-    return None
+def obstacle(module: Any, method: Method) -> str | None:
+    """Return why an attention module cannot attend by the method, if so."""
+    return saliency_obstacle(method)
 
 
 def dropout(module: Any) -> float:
@@ -112,7 +119,8 @@ def dropout(module: Any) -> float:
 def swap(module: Any, method: Method) -> None:
     """Make an attention module of timm sparse."""
     kind = TimmRopeAttention if hasattr(module, "num_prefix_tokens") else TimmAttention
-    adopt(module, kind, method)
+    project = module.q_proj if module.qkv is None else module.qkv
+    adopt(module, kind, method, project.in_features)
 
 
 def attn_layer(method: str = "topk", **options: Any) -> type[nn.Module]:
@@ -123,7 +131,9 @@ def attn_layer(method: str = "topk", **options: Any) -> type[nn.Module]:
     """
     from timm.layers import Attention
 
-    make_method(method, options, "attn_layer")  # errors here, not inside timm
+    reason = saliency_obstacle(make_method(method, options, "attn_layer"))
+    if reason is not None:  # errors here, not inside timm
+        raise ValueError(f"attn_layer: predictor is False; expected True: {reason}")
 
     class SparseLayer(Attention):
         def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -11,13 +11,15 @@ from torch.overrides import TorchFunctionMode
 from sparseattn.integrations.swap import adopt, split_mask
 from sparseattn.layers.method import Method
 from sparseattn.layers.registry import make_method
-from sparseattn.layers.sparse_attention import SparseAttention
+from sparseattn.layers.sparse_attention import SparseAttention, has_extra_keys
 
 HOSTS = ("torch.nn.modules.activation.MultiheadAttention",)
 
 
-def obstacle(module: Any) -> str | None:
-    """Return why a layer cannot be made sparse, if so."""
+def obstacle(module: Any, method: Method) -> str | None:
+    """Return why a layer cannot attend by the method, if so."""
+    if has_extra_keys(module) and not method.takes_extra_keys:
+        return f"extra keys, which method={method.name!r} does not have"
     return None
 
 
@@ -28,7 +30,7 @@ def dropout(module: Any) -> float:
 
 def swap(module: Any, method: Method) -> None:
     """Make an nn.MultiheadAttention sparse."""
-    adopt(module, SparseAttention, method)
+    adopt(module, SparseAttention, method, module.kdim)
     module._qkv_same_embed_dim = False
 
 
@@ -67,6 +69,11 @@ class patch_sdpa(TorchFunctionMode):
     def __init__(self, method: str = "topk", **options: Any) -> None:
         super().__init__()
         self.method = make_method(method, options, "patch_sdpa")
+        if self.method.takes_saliency:
+            raise ValueError(
+                f"patch_sdpa: method is {method!r}; expected one without saliency, which the "
+                "calls do not have"
+            )
         self.calls = 0
         self.passed: dict[str, int] = {}
 

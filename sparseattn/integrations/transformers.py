@@ -144,8 +144,8 @@ def calls_interface(module: nn.Module) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
-def obstacle(module: Any) -> str | None:
-    """Return why an attention module cannot be made sparse, if so."""
+def obstacle(module: Any, method: Method) -> str | None:
+    """Return why an attention module cannot attend by the method, if so."""
     code = inspect.unwrap(type(module).forward).__code__
     words = {word for const in code.co_consts if isinstance(const, tuple) for word in const}
     for name in ("position_bias", "s_aux"):  # passed in every call
@@ -153,6 +153,8 @@ def obstacle(module: Any) -> str | None:
             return _REFUSED[name]
     if getattr(module, "is_causal", True):
         return "causal attention"
+    if method.takes_saliency:
+        return f"method={method.name!r} reads tokens, which an attention function is not given"
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class Call(NamedTuple):
     extra: tuple[Tensor, Tensor] | None = None
     scale: float | None = None
     dropout: float = 0.0
+    saliency: Tensor | None = None
 
 
 class Method(nn.Module):
@@ -37,7 +38,7 @@ class Method(nn.Module):
 
     ``forward(q, k, v)`` with q [B, H, Nq, D] and k, v [B, G, Nk, D] returns o [B, H, Nq, D].
     A method is a module, so that ``.to()``, copies and pickles take it along, but it has nothing
-    in a state_dict.
+    in a state_dict; the predictor of the method "saliency" is the one exception.
 
     impl: passed to the op. fallback: "auto" attends densely where sparse attention would be
     slower; the log "sparseattn" says so once, and ``fell_back`` is the reason of the last eager
@@ -47,6 +48,8 @@ class Method(nn.Module):
     name: ClassVar[str] = ""
     options: ClassVar[tuple[str, ...]] = ("impl", "fallback")
     takes_attn_bias: ClassVar[bool] = False  # any bias of the logits, hence any mask
+    takes_extra_keys: ClassVar[bool] = True
+    takes_saliency: ClassVar[bool] = False
 
     def __init__(self, impl: Impl = "auto", fallback: Fallback = "auto") -> None:
         super().__init__()
@@ -70,6 +73,7 @@ class Method(nn.Module):
         extra: tuple[Tensor, Tensor] | None = None,
         scale: float | None = None,
         dropout: float = 0.0,
+        saliency: Tensor | None = None,
     ) -> Tensor:
         """Attend; o [B, H, Nq, D].
 
@@ -85,11 +89,15 @@ class Method(nn.Module):
             scale: multiplies q . k; default D ** -0.5.
             dropout: share of the attention weights (method "dense"), or else of the elements of o,
                 that is dropped. A layer in eval gives 0.
+            saliency: [B, Nk] in (0, 1], of the keys; for the method "saliency" only.
         """
-        return self.attend(Call(q, k, v, key_mask, query_mask, attn_bias, extra, scale, dropout))
+        return self.attend(
+            Call(q, k, v, key_mask, query_mask, attn_bias, extra, scale, dropout, saliency)
+        )
 
     def attend(self, call: Call) -> Tensor:
         """Do what ``forward`` does."""
+        self._refuse_saliency(call)
         if call.attn_bias is not None:
             raise NotImplementedError(
                 f"{self.name}: attn_bias is given; expected None: this method takes masks of keys "
@@ -103,6 +111,21 @@ class Method(nn.Module):
 
     def dense_reason(self, k_len: int, device: torch.device) -> str | None:
         """Return why queries attend densely to that many keys, or None if they do not."""
+        return None
+
+    @property
+    def needs_saliency(self) -> bool:
+        """Say whether every call must bring a saliency."""
+        return False
+
+    def prepare(self, width: int, device: Any = None, dtype: Any = None) -> None:
+        """Make the parameters, if the method has any, for tokens of that width."""
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew, if the method has any."""
+
+    def predict(self, x: Tensor) -> Tensor | None:
+        """Return the saliency [B, Nk] of tokens x [B, Nk, width], if the method predicts it."""
         return None
 
     def logit_bias(self, call: Call) -> Tensor | None:
@@ -133,6 +156,12 @@ class Method(nn.Module):
     def _dense_bias(self, call: Call) -> Tensor | None:
         return None
 
+    def _refuse_saliency(self, call: Call) -> None:
+        if call.saliency is not None and not self.takes_saliency:
+            raise NotImplementedError(
+                f"{self.name}: saliency is given; expected None: method='saliency' alone takes it"
+            )
+
     def _say(self, reason: str | None) -> None:
         if reason is not None and reason not in _SAID:
             _SAID.add(reason)
@@ -156,6 +185,7 @@ class Dense(Method):
 
     def attend(self, call: Call) -> Tensor:
         """Do what ``forward`` does. Dropout is that of the attention weights."""
+        self._refuse_saliency(call)
         return attend_densely(call, call.attn_bias, call.dropout)
 
     def _sparse_bias(self, call: Call) -> Tensor | None:

@@ -6,10 +6,13 @@ import inspect
 from typing import Any
 
 from sparseattn.layers.method import Dense, Method
+from sparseattn.layers.saliency import Saliency
 from sparseattn.layers.topk import TopK
 from sparseattn.layers.window import Window
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Dense, TopK, Window)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Dense, TopK, Saliency, Window)
+}
 
 
 def make_method(name: Any, options: dict[str, Any], op: str) -> Method:

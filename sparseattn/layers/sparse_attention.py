@@ -41,7 +41,7 @@ class SparseAttention(nn.MultiheadAttention):
         batch_first: [B, N, E] instead of [N, B, E].
         device: of the parameters; "meta" works.
         dtype: of the parameters.
-        method: "topk", "window" or "dense".
+        method: "topk", "saliency", "window" or "dense".
         options: of the method, by name; see docs/layers.md.
 
     What differs from ``nn.MultiheadAttention``:
@@ -96,6 +96,13 @@ class SparseAttention(nn.MultiheadAttention):
         return layer
 
     def _become_sparse(self, method: Method) -> None:
+        if not method.takes_extra_keys and has_extra_keys(self):
+            raise NotImplementedError(
+                f"{_OP}: add_bias_kv or add_zero_attn is True; expected False: "
+                f"method={method.name!r} has no extra keys"
+            )
+        weight = self.out_proj.weight
+        method.prepare(self.kdim, weight.device, weight.dtype)
         # Read by nn.TransformerEncoderLayer and nn.TransformerEncoder in front of their fused
         # path, which would not call forward. How it is, in_proj_weight tells.
         self._qkv_same_embed_dim = False
@@ -106,6 +113,8 @@ class SparseAttention(nn.MultiheadAttention):
         self._qkv_same_embed_dim = self.in_proj_weight is not None
         super()._reset_parameters()
         self._qkv_same_embed_dim = False
+        if "method" in self._modules:  # not yet, while the constructor of torch runs
+            self.method.reset_parameters()
 
     reset_parameters = _reset_parameters  # the name that fills layers made on the meta device
 
@@ -119,6 +128,8 @@ class SparseAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        saliency: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend, as ``nn.MultiheadAttention`` does.
 
@@ -133,6 +144,9 @@ class SparseAttention(nn.MultiheadAttention):
                 to the logits. The method "dense" takes it, the others do not.
             average_attn_weights: average the returned weights over the heads.
             is_causal: says that attn_mask is causal, which is not used.
+            saliency: [B, Nk], or [Nk] for inputs without a batch, in (0, 1]: how much each key
+                matters. The method "saliency" needs it unless it has a predictor, the others take
+                none.
 
         Returns:
             The result, in the layout of query, and the weights [B, Nq, Nk] (with
@@ -141,21 +155,25 @@ class SparseAttention(nn.MultiheadAttention):
 
         Raises:
             TypeError: a mask has the wrong dtype.
-            ValueError: a shape is wrong, or is_causal comes without attn_mask.
-            NotImplementedError: a nested tensor, or an attn_mask for a sparse method.
+            ValueError: a shape is wrong, is_causal comes without attn_mask, or saliency is missing.
+            NotImplementedError: a nested tensor, an attn_mask for a sparse method, or a saliency
+                for a method that takes none.
         """
         itself, same = query is key, query is key and key is value
-        self._check(query, key, value, key_padding_mask)
+        self._check(query, key, value, key_padding_mask, saliency)
         self._check_attn_mask(attn_mask, is_causal)
         batched = query.dim() == 3
         query, key, value = (self._batch_first(x, batched) for x in (query, key, value))
         if not batched:
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+            saliency = None if saliency is None else saliency[None]
+        if saliency is None:
+            saliency = self.method.predict(key)
         q, k, v = self._project(query, key, value, same)  # [B, H, N, D]
         key_mask, bias = self._masks(key_padding_mask, attn_mask, q.shape[0])
         dropout = self.dropout if self.training else 0.0
         asking = key_mask if itself else None
-        call = Call(q, k, v, key_mask, asking, bias, self._extra_keys(q), None, dropout)
+        call = Call(q, k, v, key_mask, asking, bias, self._extra_keys(q), None, dropout, saliency)
         out = self.method.attend(call)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         out = out if self.batch_first and batched else out.transpose(0, 1)
@@ -164,7 +182,7 @@ class SparseAttention(nn.MultiheadAttention):
             out, weights = out.squeeze(1), None if weights is None else weights.squeeze(0)
         return out, weights
 
-    def _check(self, query: Any, key: Any, value: Any, padding: Any) -> None:
+    def _check(self, query: Any, key: Any, value: Any, padding: Any, saliency: Any) -> None:
         for name, x in (("query", query), ("key", key), ("value", value)):
             checks.require_tensor(_OP, name, x)
             if x.is_nested:
@@ -186,6 +204,10 @@ class SparseAttention(nn.MultiheadAttention):
             shapes.bind("key_padding_mask", padding, f"{batch}Nk")
             if padding.dtype != torch.bool:
                 checks.require_floating(_OP, "key_padding_mask", padding)
+        if saliency is not None:
+            checks.require_tensor(_OP, "saliency", saliency)
+            shapes.bind("saliency", saliency, f"{batch}Nk")
+            checks.require_floating(_OP, "saliency", saliency)
 
     def _check_attn_mask(self, attn_mask: Any, is_causal: bool) -> None:
         if attn_mask is None:
@@ -277,6 +299,11 @@ class SparseAttention(nn.MultiheadAttention):
             bias = None if bias is None else F.pad(bias, (0, call.extra[0].shape[2]))
         weights = attention_weights(call.q, k, bias, call.scale)
         return weights.mean(1) if average else weights
+
+
+def has_extra_keys(mha: nn.MultiheadAttention) -> bool:
+    """Say whether the layer has keys that every query sees besides those of its inputs."""
+    return mha.bias_k is not None or mha.add_zero_attn
 
 
 def _additive(mask: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from sparseattn.layers.registry import METHODS, make_method
 EMBED, HEADS, TOKENS = 32, 2, 70
 SPARSE = {
     "topk": {"keep": 0.25, "block_size": 16, "prefix": 1, "fallback": "never"},
+    "saliency": {"keep": 0.25, "prefix": 1, "predictor": True},
     "window": {"radius": 2, "grid": (3, 23), "prefix": 1, "block_size": 16},
 }
 
@@ -104,8 +105,9 @@ def test_fallback_is_checked():
 
 
 @torch.no_grad()
-def test_two_compiles_serve_twenty_lengths():
-    layer = layer_of("topk", **SPARSE["topk"])
+@pytest.mark.parametrize("name", ["topk", "saliency"])
+def test_two_compiles_serve_twenty_lengths(name):
+    layer = layer_of(name, **SPARSE[name])
     counter = CompileCounter()
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
@@ -131,5 +133,6 @@ def test_every_method_names_its_options():
     assert set(METHODS) == {"dense", *SPARSE}
     for name, options in SPARSE.items():
         method = make_method(name, options, "here")
-        assert all(f"{option}=" in repr(method) for option in options)
+        assert all(f"{option}=" in repr(method) for option in method.options)
+        assert options.keys() - method.options <= {"predictor"}  # a module, shown as one
         assert not method.state_dict()
