@@ -111,10 +111,11 @@ class SparseAttention(nn.MultiheadAttention):
     def _reset_parameters(self) -> None:
         """Draw the parameters as nn.MultiheadAttention does."""
         self._qkv_same_embed_dim = self.in_proj_weight is not None
+        if "method" in self._modules:  # not yet, while the constructor of torch runs
+            self.out_proj.reset_parameters()  # its bias is zeroed below
+            self.method.reset_parameters()
         super()._reset_parameters()
         self._qkv_same_embed_dim = False
-        if "method" in self._modules:  # not yet, while the constructor of torch runs
-            self.method.reset_parameters()
 
     reset_parameters = _reset_parameters  # the name that fills layers made on the meta device
 

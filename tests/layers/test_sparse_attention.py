@@ -249,7 +249,12 @@ def test_made_on_the_meta_device(method):
         EMBED, HEADS, batch_first=True, device="meta", method=method, **EVERYTHING[method]
     )
     assert all(parameter.is_meta for parameter in layer.parameters())
-    layer.to_empty(device="cpu").reset_parameters()
+    layer.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(torch.nan)
+    layer.reset_parameters()
+    assert all(parameter.isfinite().all() for parameter in layer.parameters())
     torch_layer = nn.MultiheadAttention(EMBED, HEADS, batch_first=True)
     torch_layer.load_state_dict(layer.state_dict())
     assert torch.equal(layer.in_proj_bias, torch.zeros(3 * EMBED))
