@@ -157,7 +157,7 @@ def judge_all(
     """Hold every result against `reference`, run in float64 and in the inputs' dtype."""
     wide = inputs.to(torch.float64)
     truth, naive, result = run(reference, wide), run(reference, inputs), run(attend, inputs)
-    sizes = _sizes(wide, truth, inputs.q.dtype)
+    sizes = term_sizes(wide, truth, inputs.q.dtype)
     return [judge(n, result[n], naive[n], truth[n], sizes[n]) for n in truth]
 
 
@@ -168,7 +168,7 @@ def check(
     require(*judge_all(attend, reference, inputs))
 
 
-def _sizes(
+def term_sizes(
     inputs: SaliencyInputs, truth: dict[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Return the size of what is summed, by that of the same attention with a key bias."""
