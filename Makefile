@@ -1,7 +1,6 @@
-# make demo | test | check | fix | cubins | bench | tables | clean. The first one run makes .venv and installs what is needed.
-# make demo | test | check | fix | cubins | gpu-proof | bench | clean. The first one run makes .venv and installs what is needed.
+# make demo | test | check | fix | cubins | gpu-proof | bench | tables | clean. The first one run makes .venv and installs all.
 #   PYTHON=python3.12      the interpreter .venv is made with, 3.11 or later
-#   PYTEST_ARGS="-k mask"  passed on to pytest, in place of "-n auto"        DEMO_ARGS, BENCH_ARGS  likewise
+#   PYTEST_ARGS="-k mask"  passed on to pytest, in place of "-n auto"        DEMO_ARGS, BENCH_ARGS, PROOF_ARGS  likewise
 #   OP=<op>                which benchmark `make bench` runs
 
 PYTHON ?= python3
