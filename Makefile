@@ -17,8 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fix cubins cubins-all bench tables clean
-.PHONY: help demo test check fix cubins cubins-all gpu-proof bench clean
+.PHONY: help demo test check fix cubins cubins-all gpu-proof bench tables clean
 
 help:
 	@echo "make demo    dense against sparse attention on a chest radiograph; writes demo_output/"
