@@ -1,10 +1,10 @@
 # make demo | test | check | fix | cubins | gpu-proof | bench | tables | clean. The first one run makes .venv and installs all.
 #   PYTHON=python3.12      the interpreter .venv is made with, 3.11 or later
-#   PYTEST_ARGS="-k mask"  passed on to pytest, in place of "-n auto"        DEMO_ARGS, BENCH_ARGS, PROOF_ARGS  likewise
+#   PYTEST_ARGS="-k mask"  passed on to pytest, in place of these        DEMO_ARGS, BENCH_ARGS, PROOF_ARGS  likewise
 #   OP=<op>                which benchmark `make bench` runs
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n auto
+PYTEST_ARGS ?= -n auto -m "not slow"
 OP ?= block_sparse_attention
 BIN := .venv/bin
 READY := .venv/.installed
@@ -17,11 +17,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fix cubins cubins-all gpu-proof bench tables clean
+.PHONY: help demo test test-all check fix cubins cubins-all gpu-proof bench tables clean
 
 help:
 	@echo "make demo    dense against sparse attention on a chest radiograph; writes demo_output/"
-	@echo "make test    the tests, on the CPU and on a GPU where there is one"
+	@echo "make test    the tests, on the CPU and on a GPU where there is one; make test-all adds slow ones"
 	@echo "make check   lint, format and types; changes nothing"
 	@echo "make fix     lint and format, mending what can be mended"
 	@echo "make cubins  compile the kernels for sm_80, sm_90, sm_100 and all rows of sm_90; needs no GPU"
@@ -36,6 +36,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -n auto
 
 check: $(READY)
 	$(BIN)/ruff check .

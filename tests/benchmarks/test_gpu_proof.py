@@ -70,6 +70,7 @@ def test_every_op_passes_its_rehearsal(tmp_path):
     assert all(record["kernels"] for record in records)
 
 
+@pytest.mark.slow
 def test_every_fault_is_caught_and_named(tmp_path):
     proof = Proof(tmp_path, "--only-cases", "--cases", str(CASES), "--job-seconds", "15")
     assert proof.code == 1
@@ -88,6 +89,7 @@ def test_every_fault_is_caught_and_named(tmp_path):
     assert all(s == "passed" for (_, check), s in sound.items() if check not in tools)
 
 
+@pytest.mark.slow
 def test_resuming_skips_what_is_proven_of_this_source(tmp_path, tools):
     folder = tmp_path / "cases"
     folder.mkdir()
