@@ -163,3 +163,17 @@ def test_one_visible_key(dtype, impl):
     # torch's fused attention on a CPU has an lse that is off by 5e-5; what should cancel did not
     spec = Spec(40, 1, head_dim=24, batch=3, heads=4, mask="all", scale=1.0, key_mask="nothing")
     hold(spec, impl, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_large_gates_and_a_last_block_that_is_not_full(dtype, impl):
+    # exp(gate) of the places past the last query overflowed, and their products were NaN
+    q, k, v = (torch.randn(1, 1, n, 16, dtype=dtype, requires_grad=True) for n in (20, 32, 32))
+    mask = BlockMask.from_dense(torch.ones(1, 1, 1, 1, dtype=torch.bool), 20, 32, (32, 32))
+    gradients = []
+    for gate in (0.0, 100.0):
+        gates = torch.full((1, 1, 1, 1), gate)
+        out = block_sparse_attention(q, k, v, mask, block_gate=gates, impl=impl)
+        gradients.append(torch.autograd.grad(out.float().square().sum(), (q, k, v)))
+    for small, large in zip(*gradients, strict=True):
+        assert large.isfinite().all() and small.any()

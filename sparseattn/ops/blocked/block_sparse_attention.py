@@ -74,7 +74,9 @@ def backward(
         block_k = problem.block_size[1]
         tables = [plan.block_table(t, slab, block_k) for t in (k, v)]
         sums = [plan.sum_table(t, slab, block_k) for t in (dk, dv)]
-        per_query = [plan.query_table(t, slab, problem) for t in (q, dout, lse, dq)]
+        per_query = [plan.query_table(t, slab, problem) for t in (q, dout, dq)]
+        # past the last query nothing has a weight, however large a gate is
+        per_query.insert(2, plan.query_table(lse, slab, problem, math.inf))
         dlse_table = None if dlse is None else plan.query_table(dlse, slab, problem)
         for chunk in plan.chunks(problem, slab, _BACKWARD_KEYS[q.element_size()]):
             ds = _backward_chunk(problem, chunk, scratch, tables, sums, per_query, dlse_table)

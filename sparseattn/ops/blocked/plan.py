@@ -239,8 +239,10 @@ def store_sum(gradient: Tensor, total: Tensor, slab: Slab) -> None:
         part.copy_(total.view(*part.shape[:2], -1, part.shape[3])[:, :, : part.shape[2]])
 
 
-def query_table(tensor: Tensor, slab: Slab, problem: Problem) -> Tensor:
+def query_table(tensor: Tensor, slab: Slab, problem: Problem, fill: float = 0.0) -> Tensor:
     """Return a slab's queries, or values per query, as [query blocks, block_q, ...].
+
+    Places past the last query hold `fill`.
 
     It is a view unless the queries are ragged, or strided and of several heads.
     """
@@ -249,7 +251,7 @@ def query_table(tensor: Tensor, slab: Slab, problem: Problem) -> Tensor:
     part = tensor[slab.b0 : slab.b1, heads]
     spare = -part.shape[2] % block_q
     if spare:
-        part = torch.nn.functional.pad(part, (0, 0) * (part.dim() - 3) + (0, spare))
+        part = torch.nn.functional.pad(part, (0, 0) * (part.dim() - 3) + (0, spare), value=fill)
     return part.reshape(-1, block_q, *part.shape[3:])
 
 
