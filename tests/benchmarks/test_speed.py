@@ -17,6 +17,7 @@ pytest.importorskip("pytest_benchmark", reason='needs pip install "sparseattn[be
 MODES = ("forward", "both")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("op", registry.ops())
 def test_speed(op: str, mode: str, benchmark: Any, request: pytest.FixtureRequest) -> None:

@@ -169,6 +169,7 @@ def test_copies_and_pickles(host):
     assert torch.equal(run(model, inputs), expected)
 
 
+@pytest.mark.slow
 def test_trains(host):
     model, inputs, _ = host
     convert(model.train(), "topk", keep=0.25, **BLOCKS)
@@ -184,6 +185,7 @@ def test_trains(host):
     assert losses[-1] < 0.97 * losses[0]
 
 
+@pytest.mark.slow
 def test_compiles_without_a_graph_break(host):
     model, inputs, _ = host
     convert(model, "topk", keep=0.25, **BLOCKS)
@@ -196,6 +198,7 @@ def test_compiles_without_a_graph_break(host):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_exports(host):
     model, inputs, _ = host
     convert(model, "topk", keep=0.25, **BLOCKS)
@@ -221,6 +224,7 @@ def test_autocast(host):
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in found.values())
 
 
+@pytest.mark.slow
 def test_checkpointing_gives_the_same_gradients(host):
     model, inputs, _ = host
     convert(model.train(), "topk", keep=0.25, **BLOCKS)

@@ -92,7 +92,13 @@ TRITON_CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+OTHER_DTYPES = [
+    pytest.param(dtype, marks=pytest.mark.slow)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64)
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *OTHER_DTYPES])
 @pytest.mark.parametrize("case", CASES)
 def test_torch_path(case, dtype):
     check(ATTEND["torch"], REFERENCE, make(CASES[case], dtype))

@@ -93,6 +93,7 @@ def test_torch_path(case):
     check(TORCH, REFERENCE, make(CASES[case]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("case", [case for case in CASES if case not in LARGE])
 def test_torch_path_in_other_dtypes(case, dtype):
