@@ -1,11 +1,12 @@
 """Block-sparse attention on DTensors: two gloo ranks against the whole on one."""
 
+import subprocess
+import sys
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
 from sparseattn import BlockMask, block_sparse_attention
@@ -95,7 +96,10 @@ def work(rank, folder):
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("ranks"))
-    mp.spawn(work, (folder,), nprocs=2)
+    # programs of their own: a spawned process could not import this file by name
+    commands = [[sys.executable, __file__, str(rank), folder] for rank in range(2)]
+    ranks = [subprocess.Popen(command) for command in commands]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
     return [torch.load(f"{folder}/{rank}.pt") for rank in range(2)]
 
 
@@ -107,3 +111,7 @@ def test_shards_equal_the_whole(reports, name, mask_per):
 
 def test_mixed_arguments_are_refused(reports):
     assert [report["mixed"] for report in reports] == [[], []]
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), sys.argv[2])
