@@ -7,6 +7,7 @@ from sparseattn.convert import convert, revert
 from sparseattn.integrations.torch import patch_sdpa
 from sparseattn.layers.sparse_attention import SparseAttention
 from sparseattn.ops.block_sparse_attention import block_sparse_attention
+from sparseattn.ops.linear_attention import linear_attention
 from sparseattn.ops.linformer_attention import linformer_attention
 from sparseattn.ops.orthogonal_features import orthogonal_features
 from sparseattn.ops.performer_attention import performer_attention
@@ -28,6 +29,7 @@ __all__ = [
     "TileOrder",
     "block_sparse_attention",
     "convert",
+    "linear_attention",
     "linformer_attention",
     "orthogonal_features",
     "patch_sdpa",

@@ -15,7 +15,7 @@ PUBLIC += ["SparseAttention", "convert", "patch_sdpa", "revert"]
 PUBLIC += ["PatchGrid", "PatchMask", "submanifold_conv3d"]
 PUBLIC += ["orthogonal_features", "performer_attention"]
 PUBLIC += ["saliency_attention"]
-PUBLIC += ["linformer_attention"]
+PUBLIC += ["linear_attention", "linformer_attention"]
 HOMES = {name: getattr(sparseattn, name).__module__ for name in PUBLIC}
 OPS = [name for name, home in HOMES.items() if home.startswith("sparseattn.ops.")]
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
-from sparseattn import linformer_attention, performer_attention
+from sparseattn import linear_attention, linformer_attention, performer_attention
 from sparseattn.testing import landmarks
 from sparseattn.testing.landmarks import LandmarkSpec as Spec
 from sparseattn.testing.landmarks import require_close, run
@@ -23,9 +23,11 @@ OPS = {  # name: (op, maker of its inputs, options)
     "performer-relu": (performer_attention, landmarks.performer, {"kernel": "relu"}),
     "performer-eps": (performer_attention, landmarks.performer, {"eps": 1e-4}),
     "linformer": (linformer_attention, landmarks.linformer, {}),
+    "linear": (linear_attention, landmarks.make, {}),
+    "linear-relu": (linear_attention, landmarks.make, {"feature_map": "relu"}),
 }
-PLAIN = ["performer", "performer-eps", "linformer"]
-BOTH = [(name, "torch") for name in OPS] + [("performer", "triton")]
+PLAIN = ["performer", "performer-eps", "linformer", "linear"]
+BOTH = [(name, "torch") for name in OPS] + [("performer", "triton"), ("linear", "triton")]
 
 both = pytest.mark.parametrize(("name", "impl"), BOTH)
 
@@ -283,6 +285,19 @@ def test_performer_errors(error, sentence, wrong):
     refused("performer", error, sentence, **wrong)
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
+def test_opcheck_of_linear_attention(layout, impl):
+    inputs = landmarks.make(Spec(40, 30, layout=layout, key_heads=1, key_mask="random"))
+    q, k, v, mask = (inputs.arguments[n].to(DEVICES[impl]) for n in ("q", "k", "v", "key_mask"))
+    for key_mask in (mask, None):
+        arguments = (q, k.nan_to_num(0.0), v.nan_to_num(0.0), key_mask)
+        out, sums = SPARSE.linear_attention.default(*arguments, "elu", impl)
+        torch.library.opcheck(SPARSE.linear_attention.default, (*arguments, "elu", impl))
+        sent = (out, *arguments, sums, "elu", impl)
+        torch.library.opcheck(SPARSE.linear_attention_backward.default, sent)
+
+
 LINFORMER_ERRORS = [
     (TypeError, "key_projection is 3 (int)", {"key_projection": 3}),
     (ValueError, "key_projection has shape [6, 11]", {"key_projection": torch.randn(6, 11)}),
@@ -296,6 +311,10 @@ LINFORMER_ERRORS = [
 @pytest.mark.parametrize(("error", "sentence", "wrong"), LINFORMER_ERRORS)
 def test_linformer_errors(error, sentence, wrong):
     refused("linformer", error, sentence, **wrong)
+
+
+def test_linear_errors():
+    refused("linear", ValueError, "feature_map is 'exp'", feature_map="exp")
 
 
 @pytest.mark.parametrize("name", OPS)

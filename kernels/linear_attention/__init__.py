@@ -1,0 +1,1 @@
+"""Linear attention with a fixed feature map; serves linear_attention."""
