@@ -29,10 +29,11 @@ class Form(NamedTuple):
     landmarks: int = 256
     loaded: bool = False  # grouped heads, a key bias, eps, gradients of landmarks and bias
     is_relu: bool = False
+    projected: bool = False  # keys and values of Linformer: no bias, gradients of landmarks
 
 
 def cases(capability: int) -> Iterator[Case]:
-    """Every row that such a GPU uses, in both stages: plain, loaded, relu, few landmarks."""
+    """Every row that such a GPU uses, in both stages: plain, loaded, relu, few or projected keys."""
     for kernel, table in TABLES.items():
         for row in table:
             if tuning.pick(table, capability, row.itemsize, row.head_dim) != row:
@@ -47,6 +48,7 @@ def cases(capability: int) -> Iterator[Case]:
                 ", loaded": plain._replace(loaded=True),
                 ", relu": plain._replace(stage=2, is_relu=True),
                 ", 16 landmarks": plain._replace(stage=2, landmarks=16),
+                ", projected keys": plain._replace(stage=2, projected=True),
             }
             for inputs, form in forms.items():
                 yield _case(kernel, row, inputs, form)
@@ -76,6 +78,12 @@ def _launch(form: Form) -> None:
             values, lse, sums, values, lse, landmarks, q, q, bias, ids, *options,
             (form.loaded, form.loaded),
         )  # fmt: skip
+        return
+    if form.projected:
+        keys = q[:, :, : form.landmarks]
+        flags = (form.head_dim**-0.5, 0.0, False, False)
+        out = stage2.forward(q, keys, keys, None, *flags)
+        stage2.backward(out, q, keys, keys, None, *flags, True)
         return
     heads, columns = (2 if form.loaded else 4), form.landmarks + form.loaded
     values = torch.empty((2, heads, columns, form.head_dim), device="cuda")

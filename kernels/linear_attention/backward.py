@@ -9,7 +9,7 @@ dk_j = f'(k_j) (dS v_j + dz),   dv_j = dS^T f(k_j)
 import triton
 import triton.language as tl
 
-from .features import feature, load_S, load_tokens, load_z, slope, store_tokens
+from .features import feature, load_S, load_tokens, load_z, slope, store_tokens, vanishes
 
 
 @triton.jit(do_not_specialize=["num_heads", "length", "num_tiles"])
@@ -33,7 +33,8 @@ def linear_attention_bwd_dq_kernel(
     q = load_tokens(q_ptr, start, q_strides[2], in_range, 0, D, BLOCK_N, BLOCK_D)
     f = feature(q, MAP)
     below = tl.sum(f * z[None, :], 1)
-    inverse = tl.where(below == 0.0, 0.0, 1.0 / tl.where(below == 0.0, 1.0, below))
+    is_zero = vanishes(below)
+    inverse = tl.where(is_zero, 0.0, 1.0 / tl.where(is_zero, 1.0, below))
     df = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for first in range(0, BLOCK_D, COLUMNS):
         S = load_S(sums_ptr, first, D, BLOCK_D, COLUMNS)

@@ -15,6 +15,12 @@ def feature(x, MAP: tl.constexpr):
 
 
 @triton.jit
+def vanishes(below):
+    """Say which denominators are 0, or so small (no normal float32) that their inverse is none."""
+    return tl.abs(below) < 1.1754943508222875e-38
+
+
+@triton.jit
 def slope(x, MAP: tl.constexpr):
     """Return the derivative of the feature map at x."""
     if MAP == "elu":

@@ -9,7 +9,7 @@ inputs: their sums are not bound to the range of float16.
 import triton
 import triton.language as tl
 
-from .features import feature, load_S, load_tokens, load_z, store_tokens
+from .features import feature, load_S, load_tokens, load_z, store_tokens, vanishes
 
 
 @triton.jit(do_not_specialize=["num_heads", "length", "chunk"])
@@ -80,7 +80,7 @@ def linear_attention_fwd_kernel(
     q = load_tokens(q_ptr, start, q_strides[2], in_range, 0, D, BLOCK_N, BLOCK_D)
     f = feature(q, MAP)  # past column D the sums are 0
     below = tl.sum(f * load_z(sums_ptr, D, BLOCK_D)[None, :], 1)
-    is_zero = (below == 0.0)[:, None]
+    is_zero = vanishes(below)[:, None]
     below = tl.where(is_zero, 1.0, below[:, None])
     o_ptr += batch * o_strides[0] + head * o_strides[1]
     for first in range(0, BLOCK_D, COLUMNS):

@@ -50,8 +50,8 @@ def linear_attention(
         NotImplementedError: impl="triton" cannot run this; the message lists every reason.
 
     Notes:
-        A query whose denominator is 0 (no keys; "relu" of a query without a positive entry) gets
-        o = 0 and zero gradients.
+        A query whose denominator is 0 or no normal float32 (no keys; "relu" of a query without a
+        positive entry; "elu" of one whose entries are all below -87) gets o = 0 and zero gradients.
         S and z are float32 (float64 for float64) from beginning to end; the features are not
         rounded to the dtype of q.
         Deterministic: equal bits on every call, and a sample does not depend on the values of its

@@ -124,6 +124,25 @@ def test_queries_without_a_feature_get_zero(impl):
     assert all(bool(result.isfinite().all()) for result in found.values())
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("entry", [-30.0, -80.0])
+def test_small_features_are_as_exact_as_large_ones(entry, impl):
+    """Features of exp(-30) cancel in the ratio; expm1(-30) + 1 would be 0 in float32."""
+    inputs = made("cross", "elu", device=DEVICES.get(impl, "cpu"))
+    q = inputs.arguments["q"] + entry
+    check(partial(linear_attention, impl=impl), REFERENCE, inputs.changed(q=q), limits_only=True)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_denominators_without_an_inverse_count_as_zero(impl):
+    inputs = made("n63", "elu", device=DEVICES[impl])
+    q = inputs.arguments["q"].clone()
+    q[:, :, 5] = -100  # its features are no normal numbers, and 1 / (f(q).z) would be inf
+    found = run(partial(linear_attention, impl=impl), inputs.changed(q=q))
+    assert (found["out"][:, :, 5] == 0).all() and (found["dq"][:, :, 5] == 0).all()
+    assert all(bool(result.isfinite().all()) for result in found.values())
+
+
 def test_float16_sums_may_pass_the_range_of_float16():
     """4000 values of 40 make sums of 160000 and more; a half holds 65504 at most."""
     inputs = make(Spec(30, 4000, head_dim=16, batch=1, heads=1), torch.float16, DEVICES["triton"])

@@ -2,43 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from proof.case import BFLOAT16, Arguments, Case, Size
+from proof import linear
+from proof.case import Case, Size
 from sparseattn.ops.performer_attention import performer_attention
 from sparseattn.testing.landmarks import LandmarkSpec as Spec
-from sparseattn.testing.landmarks import judge, performer
+from sparseattn.testing.landmarks import performer
 
 
-def case(
-    name: str, size: Size, spec: Spec, *, kernel: str = "softmax", eps: float = 0, **more: Any
-) -> Case:
+def drawn(normal: Callable[..., Tensor], spec: Spec) -> dict[str, Tensor]:
+    """The projection of a huge case."""
+    return {"projection": normal(spec.landmarks, spec.head_dim)}
+
+
+def case(name: str, size: Size, spec: Spec, **options: Any) -> Case:
     """The case of a spec."""
-
-    def drawn(dtype: torch.dtype, device: torch.device, seed: int) -> Arguments:
-        seeded = replace(spec, seed=spec.seed + 2 * seed)  # the next one draws the projection
-        return performer(seeded, dtype, device).arguments
-
-    def huge(dtype: torch.dtype, device: torch.device, seed: int) -> Arguments:
-        random = torch.Generator(device).manual_seed(seed)  # the host would take minutes
-
-        def normal(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device).normal_(generator=random)
-
-        q, k, v = (normal(spec.batch, spec.heads, spec.q_len, spec.head_dim) for _ in range(3))
-        return {"q": q, "k": k, "v": v, "projection": normal(spec.landmarks, spec.head_dim)}
-
-    attend = partial(performer_attention, kernel=kernel, eps=eps)
-    return Case(
-        name, size, huge if size == "huge" else drawn, partial(attend, impl="triton"),
-        partial(attend, impl="reference"), gradients=("q", "k", "v", "projection"),
-        batched=("q", "k", "v", "key_mask", "out") if spec.batch > 1 else (), judge=judge, **more,
-    )  # fmt: skip
+    return linear.case(performer_attention, name, size, spec, performer, drawn, **options)
 
 
 SMALL = Spec(20, 35, head_dim=16, heads=2, key_heads=1, landmarks=17, key_mask="tail")
@@ -70,5 +54,5 @@ CASES = (
     case("cosh", "edge", ODD, kernel="cosh"),
     case("relu-no-keys", "edge", replace(ODD, key_mask="nothing"), kernel="relu"),
     case("eps-no-keys", "edge", replace(ODD, key_mask="nothing"), eps=1e-4),
-    case("huge", "huge", HUGE, dtypes=(BFLOAT16,)),
+    case("huge", "huge", HUGE),
 )

@@ -13,9 +13,13 @@ _CHUNK = 1 << 18  # numbers of a chunk of tokens: what keeps its features in the
 
 
 def _feature(x: Tensor, feature_map: str) -> Tensor:
-    """Return elu(x) + 1, max(x, 0) or x, in memory that may be written."""
+    """Return elu(x) + 1, max(x, 0) or x, in memory that may be written.
+
+    Below 0 the first is exp(x), which adding 1 to expm1(x) would round to multiples of the last
+    bit of 1: that of -17 to 0.
+    """
     if feature_map == "elu":
-        return torch.nn.functional.elu(x).add_(1)
+        return torch.where(x > 0, x + 1, x.clamp(max=0).exp_())
     return x.relu() if feature_map == "relu" else x.clone()
 
 
@@ -57,6 +61,11 @@ def sums(k: Tensor, v: Tensor, key_mask: Tensor | None, feature_map: str) -> Ten
     return total
 
 
+def _vanishes(below: Tensor) -> Tensor:
+    """Say which denominators are 0, or so small that their inverse is none."""
+    return below.abs() < torch.finfo(below.dtype).tiny
+
+
 def _state(total: Tensor, entry: int, heads: int) -> tuple[Tensor, Tensor]:
     """Return S [H, D, D] and z [H, D, 1] for the query heads of a batch entry."""
     state = total[entry].repeat_interleave(heads // max(1, total.shape[1]), 0)
@@ -70,7 +79,7 @@ def forward(q: Tensor, total: Tensor, feature_map: str) -> Tensor:
         S, z = _state(total, entry, q.shape[1])
         feature = _feature(q[entry, :, tokens].to(total.dtype), feature_map)
         below = feature @ z
-        is_zero = below == 0
+        is_zero = _vanishes(below)
         above = torch.bmm(feature, S).div_(below.masked_fill(is_zero, 1))
         out[entry, :, tokens] = above.masked_fill_(is_zero, 0).to(out.dtype)
     return out
@@ -93,7 +102,7 @@ def backward(
         S, z = _state(total, entry, q.shape[1])
         feature = _feature(q[entry, :, tokens].to(wide), feature_map)
         below = feature @ z
-        is_zero = below == 0
+        is_zero = _vanishes(below)
         inverse = below.masked_fill_(is_zero, 1).reciprocal_().masked_fill_(is_zero, 0)
         sent = dout[entry, :, tokens].to(wide) * inverse
         dfeature = torch.bmm(sent, S.mT)
