@@ -33,7 +33,7 @@ class Form(NamedTuple):
 
 
 def cases(capability: int) -> Iterator[Case]:
-    """Every row that such a GPU uses, in both stages: plain, loaded, relu, few or projected keys."""
+    """Every row of such a GPU, in both stages: plain, loaded, relu, few or projected keys."""
     for kernel, table in TABLES.items():
         for row in table:
             if tuning.pick(table, capability, row.itemsize, row.head_dim) != row:
