@@ -6,6 +6,8 @@ Importing this package imports neither Triton nor a GPU driver; kernels load on 
 from sparseattn.convert import convert, revert
 from sparseattn.integrations.torch import patch_sdpa
 from sparseattn.layers.sparse_attention import SparseAttention
+from sparseattn.ops.approximation_error import approximation_error
+from sparseattn.ops.attention_factors import AttentionFactors
 from sparseattn.ops.block_sparse_attention import block_sparse_attention
 from sparseattn.ops.linear_attention import linear_attention
 from sparseattn.ops.linformer_attention import linformer_attention
@@ -22,11 +24,13 @@ from sparseattn.structures.tile_order import TileOrder
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionFactors",
     "BlockMask",
     "PatchGrid",
     "PatchMask",
     "SparseAttention",
     "TileOrder",
+    "approximation_error",
     "block_sparse_attention",
     "convert",
     "linear_attention",

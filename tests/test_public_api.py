@@ -16,8 +16,9 @@ PUBLIC += ["PatchGrid", "PatchMask", "submanifold_conv3d"]
 PUBLIC += ["orthogonal_features", "performer_attention"]
 PUBLIC += ["saliency_attention"]
 PUBLIC += ["linear_attention", "linformer_attention"]
+PUBLIC += ["AttentionFactors", "approximation_error"]
 HOMES = {name: getattr(sparseattn, name).__module__ for name in PUBLIC}
-OPS = [name for name, home in HOMES.items() if home.startswith("sparseattn.ops.")]
+OPS = [n for n, home in HOMES.items() if home.startswith("sparseattn.ops.") and n.islower()]
 
 SECTIONS = ["Args", "Returns", "Raises", "Notes", "Reference"]
 HEADING = re.compile(rf"^({'|'.join(SECTIONS)}):", re.MULTILINE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,9 +63,7 @@ def linear_attention(
         Transformers are RNNs (2020), arXiv:2006.16236, equations 5 and 7.
     """
     q, k, v = attention_checks.check_qkv(_OP, q, k, v)
-    if feature_map not in _MAPS:
-        options = ", ".join(repr(name) for name in _MAPS)
-        raise ValueError(f"{_OP}: feature_map is {feature_map!r}; expected one of {options}")
+    check_feature_map(feature_map)
     attention_checks.check_key_mask(_OP, key_mask, k)
     asked = impl == "triton" or (impl == "auto" and q.device.type == "cuda")
     chosen = dispatch.choose(_OP, impl, q.device, unsupported(q) if asked else [])
@@ -73,6 +71,13 @@ def linear_attention(
         with torch.autocast(q.device.type, enabled=False):
             return reference(q, k, v, feature_map, key_mask)
     return registered.apply(q, k, v, key_mask, feature_map, chosen)
+
+
+def check_feature_map(feature_map: Any) -> None:
+    """Check the name of a feature map."""
+    if feature_map not in _MAPS:
+        options = ", ".join(repr(name) for name in _MAPS)
+        raise ValueError(f"{_OP}: feature_map is {feature_map!r}; expected one of {options}")
 
 
 def unsupported(q: Tensor) -> list[str]:

@@ -70,17 +70,7 @@ def linformer_attention(
     """
     q, k, v = attention_checks.check_qkv(_OP, q, k, v)
     scale = attention_checks.check_scale(_OP, scale, q)
-    shared = value_projection is None
-    key_projection = _check_projection("key_projection", key_projection, k)
-    if shared:
-        value_projection = key_projection
-    else:
-        value_projection = _check_projection("value_projection", value_projection, k)
-        if value_projection.shape[-2] != key_projection.shape[-2]:
-            raise ValueError(
-                f"{_OP}: value_projection {checks.describe(value_projection)}; expected as many "
-                f"rows as key_projection, m={key_projection.shape[-2]} (from key_projection)"
-            )
+    key_projection, value_projection = check_projections(key_projection, value_projection, k)
     attention_checks.check_key_mask(_OP, key_mask, k)
     chosen = landmark_stages.choose(_OP, impl, q)
     with torch.autocast(q.device.type, enabled=False):
@@ -123,6 +113,20 @@ class _Project(torch.autograd.Function):
 
 def _shown(x: Tensor, key_mask: Tensor | None) -> Tensor:
     return x if key_mask is None else x.masked_fill(~key_mask[:, None, :, None], 0)
+
+
+def check_projections(key: Any, value: Any, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Check both projections; return them in the dtype of k, the key's twice without another."""
+    key = _check_projection("key_projection", key, k)
+    if value is None:
+        return key, key
+    value = _check_projection("value_projection", value, k)
+    if value.shape[-2] != key.shape[-2]:
+        raise ValueError(
+            f"{_OP}: value_projection {checks.describe(value)}; expected as many "
+            f"rows as key_projection, m={key.shape[-2]} (from key_projection)"
+        )
+    return key, value
 
 
 def _check_projection(name: str, projection: Any, k: Tensor) -> Tensor:

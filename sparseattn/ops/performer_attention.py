@@ -79,9 +79,9 @@ def performer_attention(
         Rethinking Attention with Performers (2020), arXiv:2009.14794, lemma 1 and section 2.4.
     """
     q, k, v = attention_checks.check_qkv(_OP, q, k, v)
-    projection = _check_projection(projection, q)
-    scale = _check_scale(scale, q)
-    _check_kernel(kernel, eps)
+    projection = check_projection(projection, q)
+    scale = check_scale(scale, q)
+    check_kernel(kernel, eps)
     bias = _key_bias(k, key_mask)
     chosen = landmark_stages.choose(_OP, impl, q)
     if chosen == "reference":
@@ -130,7 +130,8 @@ def _with_eps(
     return above / below[..., None], below.log().masked_fill(is_empty, -math.inf)
 
 
-def _check_projection(projection: Any, q: Tensor) -> Tensor:
+def check_projection(projection: Any, q: Tensor) -> Tensor:
+    """Check a projection [m, D]; return it in the dtype of q."""
     shapes = checks.Shapes(_OP)
     shapes.bind("q", q, "B H Nq D")
     shapes.bind("projection", projection, "m D")
@@ -143,14 +144,16 @@ def _check_projection(projection: Any, q: Tensor) -> Tensor:
     return projection.to(q.dtype)
 
 
-def _check_scale(scale: Any, q: Tensor) -> float:
+def check_scale(scale: Any, q: Tensor) -> float:
+    """Check a scale, whose root is taken; return it, D ** -0.5 for None."""
     scale = attention_checks.check_scale(_OP, scale, q)
     if scale <= 0:
         raise ValueError(f"{_OP}: scale is {scale}; expected a finite float > 0")
     return scale
 
 
-def _check_kernel(kernel: Any, eps: Any) -> None:
+def check_kernel(kernel: Any, eps: Any) -> None:
+    """Check the name of a kernel, and an eps for it."""
     if kernel not in _KERNELS:
         options = ", ".join(repr(name) for name in _KERNELS)
         raise ValueError(f"{_OP}: kernel is {kernel!r}; expected one of {options}")

@@ -37,17 +37,24 @@ def performer_attention(
     if kernel == "relu":
         phi_q, phi_k = (t.relu() + RELU_EPS for t in (of_q, of_k))
     elif eps:
-        peak = of_k.masked_fill(~shown, -math.inf).amax((2, 3), keepdim=True).detach()
-        peak = peak.where(shown.any(2, keepdim=True), 0)
-        phi_q = (of_q - scale / 2 * q.square().sum(-1, keepdim=True)) - of_q.amax(-1, True).detach()
-        phi_k = (of_k - scale / 2 * k.square().sum(-1, keepdim=True)) - peak
-        phi_q, phi_k = phi_q.exp() + eps, phi_k.exp() + eps
+        phi_q, phi_k = eps_features(of_q, of_k, q, k, shown, scale, eps)
     else:
         return _two_softmaxes(of_q, of_k, k, v, shown, scale)
     phi_k = phi_k.where(shown, 0)
     above = phi_q @ (phi_k.mT @ v)
     below = phi_q @ phi_k.sum(2)[..., None]
     return above / below.where(shown.any(2, keepdim=True), 1)
+
+
+def eps_features(
+    of_q: Tensor, of_k: Tensor, q: Tensor, k: Tensor, shown: Tensor, scale: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return the features exp(..) + eps of q and k, shifted by the largest w_r.x'."""
+    peak = of_k.masked_fill(~shown, -math.inf).amax((2, 3), keepdim=True).detach()
+    peak = peak.where(shown.any(2, keepdim=True), 0)
+    phi_q = (of_q - scale / 2 * q.square().sum(-1, keepdim=True)) - of_q.amax(-1, True).detach()
+    phi_k = (of_k - scale / 2 * k.square().sum(-1, keepdim=True)) - peak
+    return phi_q.exp() + eps, phi_k.exp() + eps
 
 
 def _two_softmaxes(
