@@ -118,12 +118,13 @@ def judge_all(convolve: Convolve, reference: Convolve, inputs: ConvInputs) -> li
     """Hold every result of `convolve` against `reference`, in float64 and in the inputs' dtype.
 
     All results are sums of products, so the squared sizes of their terms are what the reference
-    makes of squared inputs.
+    makes of squared inputs, and the numbers of their terms what it makes of ones.
     """
     wide = inputs.to(torch.float64)
     truth, naive, result = run(reference, wide), run(reference, inputs), run(convolve, inputs)
     sizes = {name: s.sqrt() for name, s in run(reference, wide.map(torch.square)).items()}
-    return [judge(n, result[n], naive[n], truth[n], sizes[n]) for n in truth]
+    terms = run(reference, wide.map(torch.ones_like))
+    return [judge(n, result[n], naive[n], truth[n], sizes[n], terms[n]) for n in truth]
 
 
 def check(convolve: Convolve, reference: Convolve, inputs: ConvInputs) -> None:

@@ -11,7 +11,8 @@ them, and exactly 0 where nothing is summed.
 
 The floor is what rounding alone may do, element by element:
 
-    floor = u * |truth| + t / 2 + SUM_ROUNDINGS * a * magnitude
+    floor = u * |truth| + t / 2 + roundings * a * magnitude
+    roundings = max(SUM_ROUNDINGS, sequence * sqrt(terms))
 
     u          half the eps of the result's dtype: the result is rounded to it once
     t          the smallest positive number of that dtype: half of it is lost below the normal range
@@ -25,6 +26,11 @@ a * magnitude, times what the order of the sum costs. Over many shapes, masks an
 maximum error of float32 results came to 1-5 times a * magnitude and the mean error to 0.1-1.7
 times, for the naive reference and for the op alike. SUM_ROUNDINGS = 4 covers a naive reference
 that is lucky.
+
+terms is how many there are, given for sums so long that their order matters: a naive reference may
+add in blocks and err less than others. Added one after the other, as matrix units do, they err by
+0.300 * sqrt(terms) in the root mean square, which is `sequence` for the mean; for the largest of M
+errors it is `largest_sequence(M)` (docs/decisions/0009-long-sums.md).
 
 In float64 the truth is no more exact than the result, so e(naive) cannot be seen; there the floor
 stands in for it.
@@ -40,6 +46,7 @@ from torch import Tensor
 
 NAIVE_FACTOR = 2.0
 SUM_ROUNDINGS = 4.0
+SEQUENCE = (16 * math.log(2)) ** -0.5
 
 
 @dataclass(frozen=True)
@@ -72,20 +79,41 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def rounding_floor(truth: Tensor, dtype: torch.dtype, magnitude: Tensor | None = None) -> Tensor:
+def rounding_floor(
+    truth: Tensor,
+    dtype: torch.dtype,
+    magnitude: Tensor | None = None,
+    terms: Tensor | None = None,
+    sequence: float = SEQUENCE,
+) -> Tensor:
     """Return the error that rounding alone may cause in a result of `dtype`, per element.
 
-    truth: float64, finite. magnitude: float64 of the same shape, default |truth|.
+    truth: float64, finite. magnitude, terms: float64 of the same shape, defaults |truth| and few.
     """
     size = truth.abs() if magnitude is None else magnitude
     own, sums = torch.finfo(dtype), torch.finfo(sum_dtype(dtype))
     last = own.smallest_normal * own.eps / 2
-    floor = truth.abs() * (own.eps / 2) + size * (SUM_ROUNDINGS * sums.eps / 2)
+    roundings = torch.full_like(truth, SUM_ROUNDINGS)
+    if terms is not None:
+        roundings = roundings.maximum(sequence * terms.sqrt())
+    floor = truth.abs() * (own.eps / 2) + size * roundings * (sums.eps / 2)
     return torch.where(size > 0, floor + last, 0)
 
 
+def largest_sequence(elements: int) -> float:
+    """Return what SEQUENCE is for the largest error of so many sums."""
+    steps = [math.pi / 2 * step / 100 for step in range(1, 100)]
+    wanted = math.log(2 * elements)
+    return min((wanted - math.log(math.cos(s)) / 2) / s for s in steps) / math.sqrt(3)
+
+
 def judge(
-    name: str, result: Tensor, naive: Tensor, truth: Tensor, magnitude: Tensor | None = None
+    name: str,
+    result: Tensor,
+    naive: Tensor,
+    truth: Tensor,
+    magnitude: Tensor | None = None,
+    terms: Tensor | None = None,
 ) -> Judgement:
     """Hold one result against the rule.
 
@@ -95,6 +123,7 @@ def judge(
         naive: the naive reference, computed in the dtype that the result is computed in.
         truth: the reference, computed in float64.
         magnitude: float64, see above; default |truth|. Where it is 0 nothing is summed.
+        terms: float64, how many terms each element is summed of, where they are many.
     """
     if truth.dtype != torch.float64 or naive.shape != truth.shape:
         raise ValueError(f"{name}: truth must be float64 and shaped like naive")
@@ -113,12 +142,14 @@ def judge(
         return Judgement(name, 0.0, 0.0, 0.0, 0.0, tuple(faults))
     error = (wide - truth)[finite].abs()
     baseline = (naive.double() - truth)[finite].abs()
-    floor = rounding_floor(truth[finite], result.dtype, size[finite])
-    baseline = floor if naive.dtype == torch.float64 else baseline
+    counts = None if terms is None else terms[finite]
     errors, limits = [], []
-    for kind, pick in (("max", torch.max), ("mean", torch.mean)):
+    largest = largest_sequence(error.numel())
+    for kind, pick, sequence in (("max", torch.max, largest), ("mean", torch.mean, SEQUENCE)):
+        floor = rounding_floor(truth[finite], result.dtype, size[finite], counts, sequence)
+        allowed = floor if naive.dtype == torch.float64 else baseline
         errors.append(float(pick(error)))
-        limits.append(NAIVE_FACTOR * float(pick(baseline)) + float(pick(floor)))
+        limits.append(NAIVE_FACTOR * float(pick(allowed)) + float(pick(floor)))
         if not errors[-1] <= limits[-1]:  # an error of NaN is over, too
             faults.append(f"{kind} error is over ({_worst(wide, truth, finite)})")
     return Judgement(name, errors[0], limits[0], errors[1], limits[1], tuple(faults))

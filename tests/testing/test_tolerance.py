@@ -11,7 +11,7 @@ from sparseattn import BlockMask, block_sparse_attention
 from sparseattn.testing.attention import judge_all, magnitudes, run
 from sparseattn.testing.inputs import AttentionSpec as Spec
 from sparseattn.testing.inputs import make
-from sparseattn.testing.tolerance import judge, require, rounding_floor
+from sparseattn.testing.tolerance import SEQUENCE, judge, require, rounding_floor
 
 REFERENCE = partial(block_sparse_attention, impl="reference")
 TORCH = partial(block_sparse_attention, impl="torch")
@@ -126,6 +126,23 @@ def test_floor_is_a_few_roundings():
     assert float(rounding_floor(one * 0, torch.float32)) == 0
     # below the normal range of float16 a number is a multiple of 2 ** -24
     assert float(rounding_floor(one * 2**-20, torch.float16)) >= 2**-25
+
+
+@pytest.mark.parametrize("terms", [4000, 20000])
+def test_floor_of_a_long_sum_is_what_adding_in_sequence_costs(terms):
+    """Decision 0009: added in pairs, the naive reference is luckier than the rule may ask."""
+    products = torch.randn(terms, 500)
+    in_sequence = torch.zeros(500)
+    for product in products:
+        in_sequence += product
+    truth, in_pairs = products.double().sum(0), products.sum(0)
+    size, count = products.double().square().sum(0).sqrt(), torch.full((500,), float(terms))
+    unit = SEQUENCE * terms**0.5 * size * 2**-24
+    assert 0.9 < ((in_sequence - truth) / unit).square().mean().sqrt() < 1.1
+    assert not judge("x", in_sequence, in_pairs, truth, size).passed
+    assert judge("x", in_sequence, in_pairs, truth, size, count.double()).passed
+    for wrong in (in_sequence - products[7], in_sequence * 1.0001):
+        assert not judge("x", wrong, in_pairs, truth, size, count.double()).passed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
