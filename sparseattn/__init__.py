@@ -17,19 +17,23 @@ from sparseattn.ops.saliency_attention import saliency_attention
 from sparseattn.ops.submanifold_conv3d import submanifold_conv3d
 from sparseattn.ops.topk_attention import topk_attention
 from sparseattn.structures.block_mask import BlockMask
+from sparseattn.structures.kernel_map import KernelMap
 from sparseattn.structures.patch_grid import PatchGrid
 from sparseattn.structures.patch_mask import PatchMask
 from sparseattn.structures.tile_order import TileOrder
+from sparseattn.structures.voxel_tensor import VoxelTensor
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionFactors",
     "BlockMask",
+    "KernelMap",
     "PatchGrid",
     "PatchMask",
     "SparseAttention",
     "TileOrder",
+    "VoxelTensor",
     "approximation_error",
     "block_sparse_attention",
     "convert",

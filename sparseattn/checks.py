@@ -114,6 +114,18 @@ def require_int(op: str, argument: str, value: Any, *, low: int) -> None:
         raise ValueError(f"{op}: {argument} is {value}; expected an int >= {low}")
 
 
+def three(op: str, argument: str, value: Any, low: int = 1) -> tuple[int, int, int]:
+    """Check a number, or one for each axis; return one for each axis."""
+    values = (value,) * 3 if isinstance(value, int) else value
+    if not isinstance(values, (tuple, list)) or len(values) != 3:
+        raise TypeError(
+            f"{op}: {argument} {describe(value)}; expected an int >= {low} or three of them"
+        )
+    for number in values:
+        require_int(op, argument, number, low=low)
+    return values[0], values[1], values[2]
+
+
 def require_bool(op: str, argument: str, value: Any) -> None:
     """Raise TypeError unless the value is True or False."""
     if not isinstance(value, bool):

@@ -134,17 +134,5 @@ def _check(
                 f"{_OP}: {name} has dtype {tensor.dtype}; "
                 f"expected the dtype of x, dtype={features.dtype} (from x)"
             )
-    steps = three(_OP, "dilation", dilation)
+    steps = checks.three(_OP, "dilation", dilation)
     return features, cast[0], cast[1] if bias is not None else None, steps
-
-
-def three(op: str, argument: str, value: Any, low: int = 1) -> tuple[int, int, int]:
-    """Check a number, or one for each axis; return one for each axis."""
-    values = (value,) * 3 if isinstance(value, int) else value
-    if not isinstance(values, (tuple, list)) or len(values) != 3:
-        raise TypeError(
-            f"{op}: {argument} {checks.describe(value)}; expected an int >= {low} or three of them"
-        )
-    for number in values:
-        checks.require_int(op, argument, number, low=low)
-    return values[0], values[1], values[2]
