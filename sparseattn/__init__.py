@@ -5,6 +5,7 @@ Importing this package imports neither Triton nor a GPU driver; kernels load on 
 
 from sparseattn.convert import convert, revert
 from sparseattn.integrations.torch import patch_sdpa
+from sparseattn.layers.performer import redraw_features
 from sparseattn.layers.sparse_attention import SparseAttention
 from sparseattn.ops.approximation_error import approximation_error
 from sparseattn.ops.attention_factors import AttentionFactors
@@ -42,6 +43,7 @@ __all__ = [
     "orthogonal_features",
     "patch_sdpa",
     "performer_attention",
+    "redraw_features",
     "revert",
     "saliency_attention",
     "submanifold_conv3d",

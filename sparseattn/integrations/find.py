@@ -57,6 +57,8 @@ class Found:
         dropout = 0.0 if self.host is None else self.host.dropout(self.module)
         if dropout and not method.takes_attn_bias:
             remarks.append(f"dropout {dropout:g} acts on what is attended, not on weights")
+        if method.approximates:
+            remarks.append("no softmax attention: train the model with it")
         if method.needs_saliency:
             remarks.append("its calls must give saliency=")
         return ", ".join(remarks)

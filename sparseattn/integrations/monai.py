@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from sparseattn.integrations.swap import Swapped, adopt, saliency_obstacle
-from sparseattn.layers.method import Method
+from sparseattn.layers.method import Method, Place
 
 HOSTS = ("monai.networks.blocks.selfattention.SABlock",)
 
@@ -64,4 +64,5 @@ def dropout(module: Any) -> float:
 def swap(module: Any, method: Method) -> None:
     """Make an SABlock sparse."""
     project = module.qkv if module.use_combined_linear else module.to_q
-    adopt(module, MonaiSABlock, method, project.in_features)
+    place = Place(project.in_features, module.num_heads, module.dim_head)
+    adopt(module, MonaiSABlock, method, place)

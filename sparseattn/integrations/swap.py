@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparseattn.layers.method import Method
+from sparseattn.layers.method import Method, Place
 
 _HOST_CLASS = "_sparseattn_host_class"
 
@@ -27,23 +27,21 @@ class Swapped(nn.Module):
             """Say to mypy that the host's attributes are there."""
 
 
-def adopt(module: nn.Module, sparse_class: type[nn.Module], method: Method, width: int) -> None:
-    """Turn `module` into a `sparse_class` that attends by `method` to tokens of that width."""
+def adopt(module: nn.Module, sparse_class: type[nn.Module], method: Method, place: Place) -> None:
+    """Turn `module` into a `sparse_class` that attends by `method` there."""
     module.__dict__[_HOST_CLASS] = type(module)
     module.__class__ = sparse_class
-    adopt_method(module, method, width)
+    adopt_method(module, method, place)
 
 
-def adopt_method(module: nn.Module, method: Method, width: int | None = None) -> None:
-    """Give `module` a method, on its device and in its mode.
-
-    width: of the tokens; None where the method will not see them.
-    """
+def adopt_method(module: nn.Module, method: Method, place: Place) -> None:
+    """Give `module` a method, on its device and in its mode."""
     parameter = next(module.parameters(), None)
-    if parameter is not None:
+    if parameter is None:
+        method.prepare(place)
+    else:
         method.to(parameter.device)
-        if width is not None:
-            method.prepare(width, parameter.device, parameter.dtype)
+        method.prepare(place, parameter.device, parameter.dtype)
     module.method = method.train(module.training)
 
 

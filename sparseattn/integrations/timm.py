@@ -15,7 +15,7 @@ from sparseattn.integrations.swap import (
     saliency_obstacle,
     split_mask,
 )
-from sparseattn.layers.method import Method
+from sparseattn.layers.method import Method, Place
 from sparseattn.layers.registry import make_method
 
 HOSTS = (
@@ -120,7 +120,8 @@ def swap(module: Any, method: Method) -> None:
     """Make an attention module of timm sparse."""
     kind = TimmRopeAttention if hasattr(module, "num_prefix_tokens") else TimmAttention
     project = module.q_proj if module.qkv is None else module.qkv
-    adopt(module, kind, method, project.in_features)
+    heads = getattr(module, "num_kv_heads", module.num_heads)
+    adopt(module, kind, method, Place(project.in_features, heads, module.head_dim))
 
 
 def attn_layer(method: str = "topk", **options: Any) -> type[nn.Module]:

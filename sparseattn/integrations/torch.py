@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sparseattn.integrations.swap import adopt, split_mask
-from sparseattn.layers.method import Method
+from sparseattn.layers.method import Method, Place
 from sparseattn.layers.registry import make_method
 from sparseattn.layers.sparse_attention import SparseAttention, has_extra_keys
 
@@ -30,7 +30,7 @@ def dropout(module: Any) -> float:
 
 def swap(module: Any, method: Method) -> None:
     """Make an nn.MultiheadAttention sparse."""
-    adopt(module, SparseAttention, method, module.kdim)
+    adopt(module, SparseAttention, method, Place(module.kdim, module.num_heads, module.head_dim))
     module._qkv_same_embed_dim = False
 
 
@@ -73,6 +73,11 @@ class patch_sdpa(TorchFunctionMode):
             raise ValueError(
                 f"patch_sdpa: method is {method!r}; expected one without saliency, which the "
                 "calls do not have"
+            )
+        if self.method.needs_place:
+            raise ValueError(
+                f"patch_sdpa: method is {method!r}; expected one without parameters or features "
+                "of its own"
             )
         self.calls = 0
         self.passed: dict[str, int] = {}

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparseattn.integrations.swap import adopt_method, refuse_causal, split_mask
-from sparseattn.layers.method import Method
+from sparseattn.layers.method import Method, Place
 
 NAME = "sparseattn"
 _OP = "transformers attention"
@@ -155,7 +155,7 @@ def obstacle(module: Any, method: Method) -> str | None:
         return "causal attention"
     if method.takes_saliency:
         return f"method={method.name!r} reads tokens, which an attention function is not given"
-    return None
+    return method.obstacle(_place(module))
 
 
 def dropout(module: Any) -> float:
@@ -168,7 +168,18 @@ def swap(module: Any, method: Method) -> None:
     """Give an attention module a method."""
     arguments = inspect.signature(inspect.unwrap(type(module).forward)).parameters
     module.__dict__[_SELF_ATTENTION] = _OTHER_TOKENS.isdisjoint(arguments)
-    adopt_method(module, method)
+    adopt_method(module, method, _place(module))
+
+
+def _place(module: Any) -> Place:
+    """Return what the module tells of its heads, by the names that models of the library use."""
+
+    def first(*names: str) -> int | None:
+        found = (getattr(module, name, None) for name in names)
+        return next((value for value in found if isinstance(value, int)), None)
+
+    heads = first("num_key_value_heads", "num_heads", "num_attention_heads")
+    return Place(None, heads, first("head_dim", "attention_head_size"))
 
 
 def select(model: Any) -> None:

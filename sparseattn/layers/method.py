@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparseattn.layers.dense import dense_attention, with_extra_keys
+from sparseattn.layers.dense import attention_weights, dense_attention, with_extra_keys
 from sparseattn.ops.block_sparse_attention import Impl, block_sparse_attention
 from sparseattn.structures.block_mask import BlockMask
 
@@ -31,14 +31,36 @@ class Call(NamedTuple):
     scale: float | None = None
     dropout: float = 0.0
     saliency: Tensor | None = None
+    is_shortened: bool = False  # k and v are of the tokens that ``Method.shorten`` returned
+
+
+class Place(NamedTuple):
+    """Where a method attends; None is what the host does not tell.
+
+    width: of the tokens that ``predict`` will see. heads: of the keys. head_dim: D.
+    """
+
+    width: int | None = None
+    heads: int | None = None
+    head_dim: int | None = None
+
+
+class Shortened(NamedTuple):
+    """Tokens projected along the sequence, E x [B, m, width], and what they weigh, E 1 [B, m]."""
+
+    keys: Tensor
+    key_sums: Tensor
+    values: Tensor
+    value_sums: Tensor
 
 
 class Method(nn.Module):
     """Which keys each query attends to.
 
     ``forward(q, k, v)`` with q [B, H, Nq, D] and k, v [B, G, Nk, D] returns o [B, H, Nq, D].
-    A method is a module, so that ``.to()``, copies and pickles take it along, but it has nothing
-    in a state_dict; the predictor of the method "saliency" is the one exception.
+    A method is a module, so that ``.to()``, copies and pickles take it along. Most have nothing in
+    a state_dict; ``prepare`` makes what the others have: a predictor ("saliency"), random features
+    ("performer"), projections ("linformer").
 
     impl: passed to the op. fallback: "auto" attends densely where sparse attention would be
     slower; the log "sparseattn" says so once, and ``fell_back`` is the reason of the last eager
@@ -50,6 +72,8 @@ class Method(nn.Module):
     takes_attn_bias: ClassVar[bool] = False  # any bias of the logits, hence any mask
     takes_extra_keys: ClassVar[bool] = True
     takes_saliency: ClassVar[bool] = False
+    needs_place: ClassVar[bool] = False  # has something of its own that ``prepare`` makes
+    approximates: ClassVar[bool] = False  # its weights are no softmax over keys
 
     def __init__(self, impl: Impl = "auto", fallback: Fallback = "auto") -> None:
         super().__init__()
@@ -118,8 +142,12 @@ class Method(nn.Module):
         """Say whether every call must bring a saliency."""
         return False
 
-    def prepare(self, width: int, device: Any = None, dtype: Any = None) -> None:
-        """Make the parameters, if the method has any, for tokens of that width."""
+    def obstacle(self, place: Place) -> str | None:
+        """Return what ``prepare`` misses there, if so."""
+        return None
+
+    def prepare(self, place: Place, device: Any = None, dtype: Any = None) -> None:
+        """Make the parameters and buffers, if the method has any."""
 
     def reset_parameters(self) -> None:
         """Draw the parameters anew, if the method has any."""
@@ -127,6 +155,23 @@ class Method(nn.Module):
     def predict(self, x: Tensor) -> Tensor | None:
         """Return the saliency [B, Nk] of tokens x [B, Nk, width], if the method predicts it."""
         return None
+
+    def shorten(self, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Shortened | None:
+        """Return fewer tokens to make keys and values of, if the method does so; [B, Nk, width]."""
+        return None
+
+    def weights(self, call: Call) -> Tensor:
+        """Return the attention weights [B, H, Nq, Nk]; extra keys stand at the end of Nk."""
+        k = call.k
+        bias = self.logit_bias(call)
+        if call.key_mask is not None:
+            zero = torch.zeros((), device=k.device) if bias is None else bias
+            bias = torch.where(call.key_mask[:, None, None], zero, -math.inf)
+            k = k.masked_fill(~call.key_mask[:, None, :, None], 0)
+        if call.extra is not None:
+            k = torch.cat([k, call.extra[0]], 2)
+            bias = None if bias is None else nn.functional.pad(bias, (0, call.extra[0].shape[2]))
+        return attention_weights(call.q, k, bias, call.scale)
 
     def logit_bias(self, call: Call) -> Tensor | None:
         """Return what is added to the logits, broadcastable to [B, H, Nq, Nk]; -inf hides.

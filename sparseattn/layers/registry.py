@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from sparseattn.layers.linear import Linear
+from sparseattn.layers.linformer import Linformer
 from sparseattn.layers.method import Dense, Method
+from sparseattn.layers.performer import Performer
 from sparseattn.layers.saliency import Saliency
 from sparseattn.layers.topk import TopK
 from sparseattn.layers.window import Window
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Dense, TopK, Saliency, Window)
+    method.name: method for method in (Dense, TopK, Saliency, Window, Performer, Linformer, Linear)
 }
 
 
@@ -28,4 +31,11 @@ def make_method(name: Any, options: dict[str, Any], op: str) -> Method:
                 f"{op}: {option} is no option of method {name!r}; "
                 f"expected one of {', '.join(known_options) or 'none'}"
             )
+    required = [
+        parameter.name
+        for parameter in inspect.signature(kind).parameters.values()
+        if parameter.default is parameter.empty and parameter.name not in options
+    ]
+    if required:
+        raise TypeError(f"{op}: method {name!r} is given no {required[0]}; expected it by name")
     return kind(**options)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseattn import checks
-from sparseattn.layers.method import Call, Method
+from sparseattn.layers.method import Call, Method, Place
 from sparseattn.ops.block_sparse_attention import Impl
 from sparseattn.ops.saliency_attention import saliency_attention
 from sparseattn.ops.token_selection import select_tokens
@@ -55,10 +55,10 @@ class Saliency(Method):
         """Say whether every call must bring a saliency."""
         return not self.predicts
 
-    def prepare(self, width: int, device: Any = None, dtype: Any = None) -> None:
+    def prepare(self, place: Place, device: Any = None, dtype: Any = None) -> None:
         """Make the predictor, if there is to be one."""
-        if self.predicts:
-            self.predictor = nn.Linear(width, 1, device=device, dtype=dtype)
+        if self.predicts and place.width is not None:
+            self.predictor = nn.Linear(place.width, 1, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
         """Draw the parameters of the predictor anew."""

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparseattn import checks
-from sparseattn.layers.dense import attention_weights
-from sparseattn.layers.method import Call, Method
+from sparseattn.layers.method import Call, Method, Place, Shortened
 from sparseattn.layers.registry import make_method
 
 _OP = "SparseAttention"
@@ -41,7 +40,7 @@ class SparseAttention(nn.MultiheadAttention):
         batch_first: [B, N, E] instead of [N, B, E].
         device: of the parameters; "meta" works.
         dtype: of the parameters.
-        method: "topk", "saliency", "window" or "dense".
+        method: "topk", "saliency", "window", "performer", "linformer", "linear" or "dense".
         options: of the method, by name; see docs/layers.md.
 
     What differs from ``nn.MultiheadAttention``:
@@ -102,7 +101,8 @@ class SparseAttention(nn.MultiheadAttention):
                 f"method={method.name!r} has no extra keys"
             )
         weight = self.out_proj.weight
-        method.prepare(self.kdim, weight.device, weight.dtype)
+        place = Place(self.kdim, self.num_heads, self.head_dim)
+        method.prepare(place, weight.device, weight.dtype)
         # Read by nn.TransformerEncoderLayer and nn.TransformerEncoder in front of their fused
         # path, which would not call forward. How it is, in_proj_weight tells.
         self._qkv_same_embed_dim = False
@@ -170,15 +170,24 @@ class SparseAttention(nn.MultiheadAttention):
             saliency = None if saliency is None else saliency[None]
         if saliency is None:
             saliency = self.method.predict(key)
-        q, k, v = self._project(query, key, value, same)  # [B, H, N, D]
-        key_mask, bias = self._masks(key_padding_mask, attn_mask, q.shape[0])
+        key_mask, bias = self._masks(key_padding_mask, attn_mask, query.shape[0])
+        short = None if need_weights else self.method.shorten(key, value, key_mask)
+        if short is None:
+            q, k, v = self._project(query, key, value, same)  # [B, H, N, D]
+        else:
+            q, k, v = self._project_shortened(query, short)
         dropout = self.dropout if self.training else 0.0
         asking = key_mask if itself else None
-        call = Call(q, k, v, key_mask, asking, bias, self._extra_keys(q), None, dropout, saliency)
+        call = Call(
+            q, k, v, key_mask, asking, bias, self._extra_keys(q), None, dropout, saliency,
+            short is not None,
+        )  # fmt: skip
         out = self.method.attend(call)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         out = out if self.batch_first and batched else out.transpose(0, 1)
-        weights = self._weights(call, average_attn_weights) if need_weights else None
+        weights = self.method.weights(call) if need_weights else None
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
         if not batched:
             out, weights = out.squeeze(1), None if weights is None else weights.squeeze(0)
         return out, weights
@@ -243,15 +252,29 @@ class SparseAttention(nn.MultiheadAttention):
             qkv = F.linear(query, self.in_proj_weight, self.in_proj_bias)
             q, k, v = qkv.unflatten(2, (3, *heads)).permute(2, 0, 3, 1, 4).unbind()
             return q, k, v
+        return tuple(
+            F.linear(x, weight, bias).unflatten(2, heads).transpose(1, 2)
+            for x, weight, bias in zip((query, key, value), *self._in_proj(), strict=True)
+        )
+
+    def _project_shortened(self, query: Tensor, short: Shortened) -> tuple[Tensor, ...]:
+        """Return q, and k and v [B, H, m, D] of projected tokens, (E x) W + (E 1) b."""
+        weights, biases = self._in_proj()
+        found = [F.linear(query, weights[0], biases[0])]
+        pairs = ((short.keys, short.key_sums), (short.values, short.value_sums))
+        for (x, sums), weight, bias in zip(pairs, weights[1:], biases[1:], strict=True):
+            projected = F.linear(x, weight)
+            found.append(projected if bias is None else projected + sums[..., None] * bias)
+        heads = (self.num_heads, self.head_dim)
+        return tuple(x.to(found[0].dtype).unflatten(2, heads).transpose(1, 2) for x in found)
+
+    def _in_proj(self) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+        """Return the weights and the biases of q, k and v."""
         if self.in_proj_weight is not None:
             weights = self.in_proj_weight.chunk(3)
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        return tuple(
-            F.linear(x, weight, bias).unflatten(2, heads).transpose(1, 2)
-            for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
-        )
+        return weights, (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
 
     def _masks(
         self, padding: Tensor | None, attn_mask: Tensor | None, batch: int
@@ -287,19 +310,6 @@ class SparseAttention(nn.MultiheadAttention):
         if not keys:
             return None
         return torch.cat(keys, 2).to(q.dtype), torch.cat(values, 2).to(q.dtype)
-
-    def _weights(self, call: Call, average: bool) -> Tensor:
-        k = call.k
-        bias = self.method.logit_bias(call)
-        if call.key_mask is not None:
-            zero = torch.zeros((), device=k.device) if bias is None else bias
-            bias = torch.where(call.key_mask[:, None, None], zero, -math.inf)
-            k = k.masked_fill(~call.key_mask[:, None, :, None], 0)
-        if call.extra is not None:
-            k = torch.cat([k, call.extra[0]], 2)
-            bias = None if bias is None else F.pad(bias, (0, call.extra[0].shape[2]))
-        weights = attention_weights(call.q, k, bias, call.scale)
-        return weights.mean(1) if average else weights
 
 
 def has_extra_keys(mha: nn.MultiheadAttention) -> bool:

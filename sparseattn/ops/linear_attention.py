@@ -13,6 +13,7 @@ from sparseattn.reference.linear_attention import linear_attention as reference
 
 _OP = "linear_attention"
 _MAPS = ("elu", "relu", "identity")
+FeatureMap = Literal["elu", "relu", "identity"]
 Impl = Literal["auto", "triton", "torch", "reference"]
 
 
@@ -20,7 +21,7 @@ def linear_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    feature_map: Literal["elu", "relu", "identity"] = "elu",
+    feature_map: FeatureMap = "elu",
     *,
     key_mask: Tensor | None = None,
     impl: Impl = "auto",
@@ -73,11 +74,11 @@ def linear_attention(
     return registered.apply(q, k, v, key_mask, feature_map, chosen)
 
 
-def check_feature_map(feature_map: Any) -> None:
+def check_feature_map(feature_map: Any, op: str = _OP) -> None:
     """Check the name of a feature map."""
     if feature_map not in _MAPS:
         options = ", ".join(repr(name) for name in _MAPS)
-        raise ValueError(f"{_OP}: feature_map is {feature_map!r}; expected one of {options}")
+        raise ValueError(f"{op}: feature_map is {feature_map!r}; expected one of {options}")
 
 
 def unsupported(q: Tensor) -> list[str]:

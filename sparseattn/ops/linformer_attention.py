@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseattn import checks
-from sparseattn.ops import attention_checks, landmark_stages
+from sparseattn.ops import attention_checks, dispatch, landmark_stages
 from sparseattn.ops.once import differentiated_once
 from sparseattn.reference.linformer_attention import linformer_attention as reference
 
@@ -78,6 +78,33 @@ def linformer_attention(
             return reference(q, k, v, key_projection, value_projection, key_mask, scale)
         keys = _Project.apply(key_projection, k, key_mask)
         values = _Project.apply(value_projection, v, key_mask)
+    return landmark_stages.stage2(q, keys, values, None, scale=scale, impl=chosen)
+
+
+def project_tokens(projection: Tensor, x: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return E x [B, m, C] of tokens x [B, Nk, C], and E 1 [B or 1, m], over tokens shown.
+
+    projection: E, [m, Nk]. For layers that make keys and values of projected tokens.
+    """
+    x, narrow = dispatch.autocast_inputs(x, projection)
+    with torch.autocast(x.device.type, enabled=False):
+        found = _Project.apply(narrow.to(x.dtype), x[:, None], key_mask)[:, 0]
+        if key_mask is None:
+            return found, projection.sum(-1)[None]
+        return found, key_mask.to(projection.dtype) @ projection.mT
+
+
+def attend_projected(
+    q: Tensor, keys: Tensor, values: Tensor, scale: float | None, impl: Impl
+) -> Tensor:
+    """Attend to keys and values [B, G, m, D] that are projected already; the rest as above."""
+    q, keys, values = attention_checks.check_qkv(_OP, q, keys, values)
+    scale = attention_checks.check_scale(_OP, scale, q)
+    chosen = landmark_stages.choose(_OP, impl, q)
+    if chosen == "reference":
+        one = torch.eye(keys.shape[2], dtype=q.dtype, device=q.device)
+        with torch.autocast(q.device.type, enabled=False):
+            return reference(q, keys, values, one, one, None, scale)
     return landmark_stages.stage2(q, keys, values, None, scale=scale, impl=chosen)
 
 

@@ -71,9 +71,14 @@ def orthogonal_features(
         return features.to(device or "cpu", dtype) if out is None else out.copy_(features)
 
 
-def _check_options(m: int, D: int, norms: Any, generator: Any, out: Any, dtype: Any) -> None:
+def check_norms(norms: Any, op: str = _OP) -> None:
+    """Check the name of the norms."""
     if norms not in ("chi", "sqrt"):
-        raise ValueError(f"{_OP}: norms is {norms!r}; expected one of 'chi', 'sqrt'")
+        raise ValueError(f"{op}: norms is {norms!r}; expected one of 'chi', 'sqrt'")
+
+
+def _check_options(m: int, D: int, norms: Any, generator: Any, out: Any, dtype: Any) -> None:
+    check_norms(norms)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(
             f"{_OP}: generator {checks.describe(generator)}; expected a torch.Generator or None"

@@ -15,6 +15,7 @@ from sparseattn.reference.performer_attention import performer_attention as refe
 
 _OP = "performer_attention"
 _KERNELS = ("softmax", "cosh", "relu")
+Kernel = Literal["softmax", "cosh", "relu"]
 Impl = Literal["auto", "triton", "torch", "reference"]
 
 
@@ -24,7 +25,7 @@ def performer_attention(
     v: Tensor,
     projection: Tensor,
     *,
-    kernel: Literal["softmax", "cosh", "relu"] = "softmax",
+    kernel: Kernel = "softmax",
     key_mask: Tensor | None = None,
     scale: float | None = None,
     eps: float = 0.0,
@@ -152,17 +153,17 @@ def check_scale(scale: Any, q: Tensor) -> float:
     return scale
 
 
-def check_kernel(kernel: Any, eps: Any) -> None:
+def check_kernel(kernel: Any, eps: Any, op: str = _OP) -> None:
     """Check the name of a kernel, and an eps for it."""
     if kernel not in _KERNELS:
         options = ", ".join(repr(name) for name in _KERNELS)
-        raise ValueError(f"{_OP}: kernel is {kernel!r}; expected one of {options}")
+        raise ValueError(f"{op}: kernel is {kernel!r}; expected one of {options}")
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"{_OP}: eps {checks.describe(eps)}; expected a float")
+        raise TypeError(f"{op}: eps {checks.describe(eps)}; expected a float")
     if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"{_OP}: eps is {eps}; expected a finite float >= 0")
+        raise ValueError(f"{op}: eps is {eps}; expected a finite float >= 0")
     if eps and kernel != "softmax":
-        raise ValueError(f"{_OP}: eps is {eps}; expected 0 with kernel={kernel!r}")
+        raise ValueError(f"{op}: eps is {eps}; expected 0 with kernel={kernel!r}")
 
 
 def _key_bias(k: Tensor, key_mask: Any) -> Tensor | None:

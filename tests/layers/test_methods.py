@@ -22,6 +22,14 @@ def layer_of(name, **options):
     return SparseAttention(EMBED, HEADS, batch_first=True, method=name, **options).eval()
 
 
+APPROXIMATE = {
+    "performer": {"features": 24, "seed": 1},
+    "linformer": {"tokens": 400, "num_landmarks": 12},
+    "linear": {"feature_map": "elu"},
+}
+ALL = SPARSE | APPROXIMATE
+
+
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch):
     monkeypatch.setattr(methods, "_SAID", set())
@@ -105,9 +113,9 @@ def test_fallback_is_checked():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["topk", "saliency"])
+@pytest.mark.parametrize("name", ["topk", "saliency", *APPROXIMATE])
 def test_two_compiles_serve_twenty_lengths(name):
-    layer = layer_of(name, **SPARSE[name])
+    layer = layer_of(name, **ALL[name])
     counter = CompileCounter()
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
@@ -119,9 +127,9 @@ def test_two_compiles_serve_twenty_lengths(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("name", ALL)
 def test_exports_with_padding(name):
-    layer = layer_of(name, **SPARSE[name])
+    layer = layer_of(name, **ALL[name])
     x = torch.randn(2, TOKENS, EMBED)
     floats = torch.zeros(2, TOKENS)
     floats[1, 50:] = -torch.inf
@@ -130,8 +138,8 @@ def test_exports_with_padding(name):
 
 
 def test_every_method_names_its_options():
-    assert set(METHODS) == {"dense", *SPARSE}
-    for name, options in SPARSE.items():
+    assert set(METHODS) == {"dense", *ALL}
+    for name, options in ALL.items():
         method = make_method(name, options, "here")
         assert all(f"{option}=" in repr(method) for option in method.options)
         assert options.keys() - method.options <= {"predictor"}  # a module, shown as one
