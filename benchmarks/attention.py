@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from sparseattn.benchmarks.registry import Case, Provider, Work
+from sparseattn.ops import work
 
 BACKENDS = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
@@ -49,21 +50,8 @@ def attention_rows(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, shown: Any = N
 
 
 def attention_work(q: Tensor, k: Tensor, pairs: float) -> Work:
-    """Softmax attention over `pairs` of all B * H * Nq * Nk pairs, lists read and written apart.
-
-    Forward: two products of 2 * D operations a pair; reads q, k, v, writes o and lse (float32).
-    Backward: five products; reads q, k, v, o, do, lse, writes dq, dk, dv.
-    """
-    batch, heads, q_len, head_dim = q.shape
-    item = q.element_size()
-    queries, keys, lse = q.numel() * item, k.numel() * item, 4 * batch * heads * q_len
-    return Work(
-        flops=4 * head_dim * pairs,
-        bytes=2 * queries + 2 * keys + lse,
-        backward_flops=10 * head_dim * pairs,
-        backward_bytes=4 * queries + 4 * keys + lse,
-        dense_flops=4 * head_dim * batch * heads * q_len * k.shape[-2],
-    )
+    """Softmax attention over `pairs` of all B * H * Nq * Nk pairs, lists read and written apart."""
+    return work.attention_work(q.shape, k.shape, pairs, q.element_size())
 
 
 def dense_baselines(case: Case, q: Tensor, k: Tensor) -> list[Provider]:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseattn.ops.work import Work
+
 PREFIX = "bench_"
 Axes = Mapping[str, tuple[float, ...]]
 
@@ -48,32 +50,6 @@ class Case:
         """Say the axes and the dtype in one line."""
         axes = " ".join(f"{axis}={value:g}" for axis, value in self.axes.items())
         return f"{axes} {dtype_name(self.dtype)}"
-
-
-@dataclass(frozen=True)
-class Work:
-    """What any implementation has to do: operations that count, and bytes moved at least once.
-
-    dense_flops is what the dense op of the same sizes takes in its forward.
-    """
-
-    flops: float
-    bytes: float
-    backward_flops: float
-    backward_bytes: float
-    dense_flops: float
-
-    def of(self, mode: str) -> tuple[float, float, float]:
-        """Return (flops, dense flops, bytes) of a mode; an index is not counted as work."""
-        forward = (self.flops, self.dense_flops, self.bytes)
-        factor = self.backward_flops / self.flops if self.flops else 0.0
-        backward = (self.backward_flops, self.dense_flops * factor, self.backward_bytes)
-        if mode == "forward":
-            return forward
-        if mode == "backward":
-            return backward
-        flops, dense, moved = (a + b for a, b in zip(forward, backward, strict=True))
-        return flops, dense, moved
 
 
 @dataclass(frozen=True)

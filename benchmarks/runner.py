@@ -18,6 +18,7 @@ from torch import Tensor
 from sparseattn.benchmarks.gate import Gate
 from sparseattn.benchmarks.registry import Benchmark, Case, Problem, Provider, Work, dtype_name
 from sparseattn.benchmarks.timing import Job, Span, Timer, interleave
+from sparseattn.ops.work import floor_seconds
 from sparseattn.testing.memory import peak_extra_bytes
 
 # index: building it alone. full: index, forward and backward.
@@ -144,7 +145,7 @@ def _figures(mode: str, span: Span, work: Work, case: Case, rates: Record) -> Re
     flops, dense_flops, moved = work.of(mode)
     seconds = span.p50 / 1e3
     rate = rates["matmul_tflops"][dtype_name(case.dtype)] * 1e12
-    floor = max(flops / rate, moved / (rates["copy_gbps"] * 1e9))
+    floor = floor_seconds(flops, moved, rate, rates["copy_gbps"] * 1e9)
     return found | {
         "useful_tflops": flops / seconds / 1e12,
         "dense_tflops": dense_flops / seconds / 1e12,

@@ -4,6 +4,7 @@ Importing this package imports neither Triton nor a GPU driver; kernels load on 
 """
 
 from sparseattn.convert import convert, revert
+from sparseattn.explain import explain
 from sparseattn.integrations.torch import patch_sdpa
 from sparseattn.layers.performer import redraw_features
 from sparseattn.layers.sparse_attention import SparseAttention
@@ -39,6 +40,7 @@ __all__ = [
     "block_sparse_attention",
     "convert",
     "linear_attention",
+    "explain",
     "linformer_attention",
     "orthogonal_features",
     "patch_sdpa",

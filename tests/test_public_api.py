@@ -11,7 +11,7 @@ import sparseattn
 
 # a change here is a line for CHANGELOG.md
 PUBLIC = ["BlockMask", "TileOrder", "block_sparse_attention", "topk_attention"]
-PUBLIC += ["SparseAttention", "convert", "patch_sdpa", "revert"]
+PUBLIC += ["SparseAttention", "convert", "explain", "patch_sdpa", "revert"]
 PUBLIC += ["PatchGrid", "PatchMask", "submanifold_conv3d"]
 PUBLIC += ["orthogonal_features", "performer_attention"]
 PUBLIC += ["saliency_attention"]

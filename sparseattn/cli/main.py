@@ -10,9 +10,9 @@ import argparse
 from collections.abc import Sequence
 
 from sparseattn import __version__
-from sparseattn.cli import bench, demo, info
+from sparseattn.cli import bench, demo, explain, info
 
-COMMANDS = (bench, demo, info)
+COMMANDS = (bench, demo, explain, info)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -47,7 +47,7 @@ class TopK(Method):
         return (
             None
             if self.fallback == "never"
-            else dense_reason(self.name, kept, blocks, k_len, device)
+            else dense_reason("topk_attention", kept, blocks, k_len, device)
         )
 
     def _attend(self, call: Call) -> Tensor:
