@@ -94,8 +94,10 @@ def block_sparse_attention(
     """
     if sharded.is_sharded(q, k, v):
         run = partial(block_sparse_attention, scale=scale, return_lse=True, impl=impl)
-        extras = {"key_mask": key_mask, "key_bias": key_bias, "block_gate": block_gate}
-        out, lse = sharded.attend(_OP, run, (q, k, v), mask, extras)
+        extras = {
+            "mask": mask, "key_mask": key_mask, "key_bias": key_bias, "block_gate": block_gate,
+        }  # fmt: skip
+        out, lse = sharded.attend(_OP, run, (q, k, v), extras)
         return (out, lse) if return_lse else out
     q, k, v = attention_checks.check_qkv(_OP, q, k, v)
     _check_mask(mask, q, k)

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparseattn import checks
 from sparseattn.ops import attention_checks as attention
 from sparseattn.ops import block_sparse_attention_registration as engine
-from sparseattn.ops import dispatch, token_gather
+from sparseattn.ops import dispatch, sharded, token_gather
 from sparseattn.ops.block_sparse_attention import unsupported
 from sparseattn.ops.token_selection import TokenSelection, keep_capacity, select_tokens
 from sparseattn.reference.saliency_attention import saliency_attention as reference
@@ -75,8 +75,8 @@ def saliency_attention(
         key_mask: bool [B, Nk]; True = take part. A token that does not may hold NaN, here and in
             saliency.
         always: tokens that are kept before all others and count towards `keep`: the first so many
-            (class and register tokens), or those of a bool [Nk] or [B, Nk]. Their saliency is not
-            read and stands at 1.
+            (class and register tokens) or all where there are fewer, or those of a bool [Nk] or
+            [B or 1, Nk]. Their saliency is not read and stands at 1.
         threshold: tokens of less saliency are dropped as well, so that `keep` is the most there
             can be.
         log_bias: with False the saliency chooses the tokens and does nothing else.
@@ -103,6 +103,8 @@ def saliency_attention(
         Deterministic: equal bits on every call, and a sample does not depend on the values of its
         batch mates. (The torch path on a GPU sums with atomics and is not.)
         Under autocast q, k, v and passthrough are cast as scaled_dot_product_attention casts them.
+        DTensors sharded over batch and heads stay so, and nothing is sent between ranks; plain
+        tensors beside them are the whole ones, equal on every rank. return_indices is not for them.
         Time is O(Nq * K), with prune_queries O(K * K), and a sort of the saliency. Memory beyond
         the outputs: the kept keys and values, 2 * B * G * K * D elements, and 4 * B * H * Nq bytes;
         backward needs as much again. No gradient flows to the choice, to forced tokens' saliency or
@@ -112,6 +114,20 @@ def saliency_attention(
         DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification (2021),
         arXiv:2106.02034, attention masking: the policy inside the softmax, with s_j for its 0 or 1.
     """
+    if sharded.is_sharded(q, k, v):
+        sharded.refuse(_OP, return_indices=return_indices)
+        tensors = {
+            "saliency": saliency, "key_mask": key_mask, "passthrough": passthrough,
+            "always": always[None] if isinstance(always, Tensor) and always.dim() == 1 else always,
+        }  # fmt: skip
+        options: dict[str, Any] = {
+            "keep": keep, "threshold": threshold, "log_bias": log_bias, "scale": scale,
+            "prune_queries": prune_queries, "impl": impl,
+        }  # fmt: skip
+        return sharded.attend(
+            _OP, lambda *qkv, **local: (saliency_attention(*qkv, **local, **options),), (q, k, v),
+            tensors,
+        )[0]  # fmt: skip
     q, k, v = attention.check_qkv(_OP, q, k, v)
     scale = attention.check_scale(_OP, scale, q)
     per_head = _check_saliency(saliency, q, k)
@@ -216,13 +232,13 @@ def _check_always(always: Any, share: int | tuple[int, int], q: Tensor, k: Tenso
     if isinstance(always, Tensor):
         shapes = checks.Shapes(_OP)
         shapes.bind("k", k, "B G Nk D")
-        shapes.bind("always", always, "Nk" if always.dim() == 1 else "B Nk")
+        shapes.bind("always", always, "Nk" if always.dim() == 1 else "1|B Nk")
         checks.require_dtype(_OP, "always", always, torch.bool)
         checks.require_device(_OP, "always", always, q.device, "q")
         return always[None] if always.dim() == 1 else always
     checks.require_int(_OP, "always", always, low=0)
     capacity = keep_capacity(share, num_tokens)
-    if always > capacity:
+    if always > capacity and num_tokens > capacity:  # a short sample keeps all it has
         raise ValueError(
             f"{_OP}: always is {always}; expected at most the number of kept tokens, K={capacity} "
             "(from keep)"

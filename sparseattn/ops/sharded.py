@@ -31,13 +31,13 @@ def attend(
     op: str,
     function: Callable[..., Any],
     qkv: tuple[Any, Any, Any],
-    mask: Any,
-    extras: dict[str, Tensor | None],
-) -> tuple[Tensor, Tensor]:
-    """Return out and lse as DTensors of `function(q, k, v, mask, **extras)`, run on local shards.
+    extras: dict[str, Tensor | BlockMask | None],
+) -> tuple[Tensor, ...]:
+    """Return as DTensors what `function(q, k, v, **extras)` returns for local shards.
 
-    A mask and plain extras are taken as the whole, equal on every rank. Extras [B, ...] are cut
-    along the batch, those of more than two dimensions [B, 1 or H, ...] also along the heads.
+    That is a tuple of o [B, H, Nq, D] and perhaps others [B, H, Nq]. Masks and plain extras are
+    taken as the whole, equal on every rank. Extras [B, ...] are cut along the batch, those of more
+    than two dimensions [B, 1 or H, ...] also along the heads; a size of 1 is not cut.
     """
     from torch.distributed.tensor import DTensor
 
@@ -54,15 +54,22 @@ def attend(
         )
     mesh, cuts = q.device_mesh, _cuts(q, k)
     parts = [_part(tensor, mesh, cuts) for tensor in qkv]
-    if isinstance(mask, BlockMask):
-        mask = mask.map(lambda tensor: _part(tensor, mesh, cuts))
-    local = {
-        name: None if tensor is None else _part(tensor, mesh, cuts)
-        for name, tensor in extras.items()
-    }
-    out, lse = function(*parts, mask, **local)
+    local: dict[str, Any] = {}
+    for name, extra in extras.items():
+        if isinstance(extra, BlockMask):
+            local[name] = extra.map(lambda tensor: _part(tensor, mesh, cuts))
+        else:
+            local[name] = _part(extra, mesh, cuts) if isinstance(extra, Tensor) else extra
+    out, *others = function(*parts, **local)
     q = q.redistribute(placements=_placements(q, cuts))
-    return _whole(out, q, tuple(q.stride())), _whole(lse, q, None)
+    return _whole(out, q, tuple(q.stride())), *(_whole(other, q, None) for other in others)
+
+
+def refuse(op: str, **wanted: bool) -> None:
+    """Raise for options that return what has no shards of its own."""
+    for name, value in wanted.items():
+        if value:
+            raise NotImplementedError(f"{op}: {name} is True; expected False with DTensors")
 
 
 def _cuts(q: DTensor, k: DTensor) -> tuple[int | None, ...]:

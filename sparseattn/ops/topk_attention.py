@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparseattn import checks
-from sparseattn.ops import attention_checks, dispatch
+from sparseattn.ops import attention_checks, dispatch, sharded
 from sparseattn.ops.block_scores import block_scores, has_weight
 from sparseattn.ops.block_sparse_attention import Impl, block_sparse_attention, unsupported
 from sparseattn.reference.topk_attention import topk_attention as reference
@@ -115,6 +115,8 @@ def topk_attention(
         such values in q and k make, rank as the lowest, or highest, finite ones.
         Deterministic: equal bits on every call, and a sample does not depend on the values of its
         batch mates. (The torch path on a GPU sums with atomics and is not.)
+        DTensors sharded over batch and heads stay so, and nothing is sent between ranks; plain
+        tensors beside them are the whole ones, equal on every rank. return_mask is not for them.
         Memory beyond block_sparse_attention: at most 13 * B * H * R * C bytes for scores, mask and
         lists, as much again for a gate and its gradient. No wait for the device. No gradient flows
         to keep, weights or masks. Differentiable once, except with impl="reference".
@@ -124,6 +126,14 @@ def topk_attention(
         blocks choose blocks. Here their scores enter the logits, not a second attention; formulas
         in docs/math/topk_attention.md.
     """
+    if sharded.is_sharded(q, k, v):
+        sharded.refuse(_OP, return_mask=return_mask)
+        tensors = {
+            "keep": keep, "always": always, "query_mask": query_mask, "key_mask": key_mask,
+            "query_weight": query_weight, "key_weight": key_weight, "gate": gate,
+        }  # fmt: skip
+        options = {"block_size": block_size, "mode": mode, "pooling": pooling, "scale": scale}
+        return _sharded((q, k, v), tensors, {**options, "impl": impl})
     q, k, v = attention_checks.check_qkv(_OP, q, k, v)
     scale = attention_checks.check_scale(_OP, scale, q)
     block = check_geometry(q.shape[2], k.shape[2], block_size, _OP)
@@ -151,6 +161,24 @@ def topk_attention(
             q, k, v, mask, key_mask=key_mask, block_gate=block_gate, scale=scale, impl=chosen
         )
     return (out, mask) if return_mask else out
+
+
+def _sharded(
+    qkv: tuple[Tensor, Tensor, Tensor], tensors: dict[str, Any], options: dict[str, Any]
+) -> Tensor:
+    """Attend on DTensors. A mask or gate gets the dimensions of batch and heads it lacks."""
+    always, gate = tensors["always"], tensors["gate"]
+    if isinstance(always, Tensor):
+        tensors["always"] = always[(None,) * (4 - always.dim())]
+    if isinstance(gate, Tensor):
+        tensors["gate"] = gate.view(1, -1, 1)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, **local: Any) -> tuple[Tensor]:
+        if isinstance(local["gate"], Tensor):
+            local["gate"] = local["gate"].flatten()
+        return (topk_attention(q, k, v, **local, **options),)
+
+    return sharded.attend(_OP, run, qkv, tensors)[0]
 
 
 def _choose(

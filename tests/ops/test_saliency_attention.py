@@ -46,6 +46,8 @@ CASES = {
     "always": Spec(100, keep=0.1, batch=2, always=5, saliency="holes"),
     "always-anywhere": Spec(100, keep=0.3, batch=2, always="mask"),
     "always-too-many": Spec(100, keep=3, batch=2, always="mask"),
+    "always-more-than-there-are": Spec(3, q_len=9, keep=1.0, batch=2, always=5),
+    "always-without-keys": Spec(0, q_len=9, keep=0.25, batch=2, always=5),
     # padding
     "padded": Spec(100, keep=0.25, batch=3, key_mask="tail"),
     "padded-count": Spec(60, keep=50, batch=2, key_mask="tail"),
