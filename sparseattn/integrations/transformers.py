@@ -12,7 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparseattn.integrations.swap import adopt_method, refuse_causal, split_mask
+from sparseattn.integrations.swap import (
+    adopt_method,
+    refuse_causal,
+    saliency_obstacle,
+    split_mask,
+)
 from sparseattn.layers.method import Method, Place
 
 NAME = "sparseattn"
@@ -80,6 +85,7 @@ def attention(
         attn_bias=attn_bias,
         scale=scaling,
         dropout=dropout,
+        saliency=kwargs.get("saliency"),
     )
     return out.transpose(1, 2).contiguous(), None
 
@@ -154,8 +160,31 @@ def obstacle(module: Any, method: Method) -> str | None:
     if getattr(module, "is_causal", True):
         return "causal attention"
     if method.takes_saliency:
-        return f"method={method.name!r} reads tokens, which an attention function is not given"
+        reason = saliency_obstacle(method) or _token_obstacle(module)
+        if reason is not None:
+            return reason
     return method.obstacle(_place(module))
+
+
+def _token_obstacle(module: nn.Module) -> str | None:
+    """Return why a predictor of saliency cannot read what the module attends to, if so."""
+    arguments = inspect.signature(inspect.unwrap(type(module).forward)).parameters
+    if not _OTHER_TOKENS.isdisjoint(arguments):
+        return "cross attention, whose saliency no predictor makes"
+    passes_on = any(each.kind is each.VAR_KEYWORD for each in arguments.values())
+    if "hidden_states" not in arguments or not passes_on or _first_linear(module) is None:
+        return "its forward does not pass a saliency on to its attention function"
+    return None
+
+
+def _first_linear(module: nn.Module) -> nn.Linear | None:
+    return next((child for child in module.children() if isinstance(child, nn.Linear)), None)
+
+
+def _predict(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Add the predicted saliency to a call, which passes it on to ``attention``. A hook."""
+    tokens = args[0] if args else kwargs["hidden_states"]
+    return args, {**kwargs, "saliency": module.method.predict(tokens)}
 
 
 def dropout(module: Any) -> float:
@@ -169,6 +198,8 @@ def swap(module: Any, method: Method) -> None:
     arguments = inspect.signature(inspect.unwrap(type(module).forward)).parameters
     module.__dict__[_SELF_ATTENTION] = _OTHER_TOKENS.isdisjoint(arguments)
     adopt_method(module, method, _place(module))
+    if method.takes_saliency:
+        module.register_forward_pre_hook(_predict, with_kwargs=True)
 
 
 def _place(module: Any) -> Place:
@@ -178,8 +209,10 @@ def _place(module: Any) -> Place:
         found = (getattr(module, name, None) for name in names)
         return next((value for value in found if isinstance(value, int)), None)
 
+    project = _first_linear(module)
     heads = first("num_key_value_heads", "num_heads", "num_attention_heads")
-    return Place(None, heads, first("head_dim", "attention_head_size"))
+    width = None if project is None else project.in_features
+    return Place(width, heads, first("head_dim", "attention_head_size"))
 
 
 def select(model: Any) -> None:
@@ -203,3 +236,6 @@ def deselect(model: Any) -> None:
         for module in list(model.modules()):
             if _SELF_ATTENTION in module.__dict__:
                 del module.method, module.__dict__[_SELF_ATTENTION]
+                for key in [k for k, h in module._forward_pre_hooks.items() if h is _predict]:
+                    del module._forward_pre_hooks[key]
+                    del module._forward_pre_hooks_with_kwargs[key]

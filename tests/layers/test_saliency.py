@@ -208,6 +208,35 @@ def monai_apart():
     return blocks.SABlock(32, 2, use_combined_linear=False), torch.randn(2, 50, 32)
 
 
+HF = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+HF |= {"intermediate_size": 64}
+
+
+class Output(nn.Module):
+    """A Hugging Face model that returns its last hidden state alone."""
+
+    def __init__(self, model, **inputs):
+        super().__init__()
+        self.model, self.inputs = model, inputs
+
+    def forward(self, x):
+        return self.model(x, **self.inputs).last_hidden_state
+
+
+def hf_vision(kind):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(**HF, image_size=32, patch_size=4)
+    return Output(getattr(transformers, f"{kind}Model")(config)), torch.randn(2, 3, 32, 32)
+
+
+def hf_vit():
+    return hf_vision("ViT")
+
+
+def hf_dinov2():
+    return hf_vision("Dinov2")
+
+
 def torch_encoder():
     layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0, batch_first=True)
     return nn.TransformerEncoder(layer, 2), torch.randn(2, 50, 32)
@@ -215,7 +244,7 @@ def torch_encoder():
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "make", [timm_vit, timm_eva_apart, monai_block, monai_apart, torch_encoder]
+    "make", [timm_vit, timm_eva_apart, monai_block, monai_apart, torch_encoder, hf_vit, hf_dinov2]
 )
 def test_hosts_that_show_their_tokens(make):
     model, x = make()
@@ -249,16 +278,16 @@ def test_hosts_that_cannot_are_reported():
     assert report.swapped == [""] and "its calls must give saliency=" in str(report)
 
 
-def test_attention_functions_of_transformers_see_no_tokens():
+def test_cross_attention_of_transformers_is_reported():
+    """Its forward is given other tokens beside the hidden states: which ones, no name tells."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        image_size=32, patch_size=8,
-    )  # fmt: skip
+    config = transformers.BertConfig(**HF, vocab_size=9, is_decoder=True, add_cross_attention=True)
+    report = convert(transformers.BertModel(config), "saliency", predictor=True)
+    assert not report.swapped and len(report.skipped) == 4
+    config = transformers.ViTConfig(**HF, image_size=32, patch_size=4)
     model = transformers.ViTModel(config)
-    report = convert(model, "saliency", predictor=True)
-    assert not report.swapped and len(report.skipped) == 1
-    assert "reads tokens, which an attention function is not given" in str(report)
+    reason = "method='saliency' needs a saliency in every call, or predictor=True"
+    assert set(convert(model, "saliency").skipped.values()) == {reason}
     assert model.config._attn_implementation != "sparseattn"
 
 
