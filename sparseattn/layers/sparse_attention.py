@@ -160,7 +160,8 @@ class SparseAttention(nn.MultiheadAttention):
             NotImplementedError: a nested tensor, an attn_mask for a sparse method, or a saliency
                 for a method that takes none.
         """
-        itself, same = query is key, query is key and key is value
+        itself = _is_same(query, key)
+        same = itself and _is_same(key, value)
         self._check(query, key, value, key_padding_mask, saliency)
         self._check_attn_mask(attn_mask, is_causal)
         batched = query.dim() == 3
@@ -315,6 +316,17 @@ class SparseAttention(nn.MultiheadAttention):
 def has_extra_keys(mha: nn.MultiheadAttention) -> bool:
     """Say whether the layer has keys that every query sees besides those of its inputs."""
     return mha.bias_k is not None or mha.add_zero_attn
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Say whether two arguments are one tensor, also where a wrapper has made aliases of it.
+
+    FSDP2 and checkpointing hand on an alias for each argument, which `is` tells apart.
+    """
+    if a is b or torch.compiler.is_compiling() or type(a) is not Tensor or type(b) is not Tensor:
+        return a is b
+    whats = [(x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) for x in (a, b)]
+    return whats[0] == whats[1]
 
 
 def _additive(mask: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
-"""One of several processes of test_distributed.py: python distributed_worker.py RANK WORLD STORE.
+"""One of several processes of test_distributed.py.
 
-Trains the same model on its share of a batch with DDP and with FSDP2, and rank 0 compares the
-gradients with those of one process on the whole batch.
+python distributed_worker.py RANK WORLD STORE HOST:METHOD ... computes the gradients of the same
+models on this rank's share of a batch, with DDP and with FSDP2, and compares them with those of one
+process on the whole batch.
 """
 
 import copy
+import importlib.util
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,49 +16,69 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from sparseattn import convert
+from sparseattn.layers.method import Method
 
 
-def make_model():
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
-    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    report = convert(model, "topk", keep=0.25, block_size=16, fallback="never")
-    assert len(report.swapped) == 2
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+HERE = Path(__file__).resolve().parent
+conftest = load(HERE.parent / "conftest.py")  # makes timm and transformers importable
+hosts = load(HERE / "test_hosts.py")
+
+
+def gradients(model, inputs, world=1):
+    """Of a sum over all samples: DDP and FSDP2 take the mean over the ranks."""
+    out = hosts.run(model, inputs)
+    weights = torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype)
+    (world * (out * weights).sin().sum()).backward()
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            grad = parameter.grad
+            grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
+            found[name.removeprefix("module.")] = grad
+    return found
+
+
+def shard(model):
+    for module in list(model.modules()):
+        if any(isinstance(child, Method) for child in module.children()):
+            fully_shard(module)
+    fully_shard(model)
     return model
 
 
-def gradients(model, x):
-    model(x).square().mean().backward()
-    whole = {}
-    for name, parameter in model.named_parameters():
-        grad = parameter.grad
-        whole[name.removeprefix("module.")] = (
-            grad.full_tensor() if isinstance(grad, DTensor) else grad
-        )
-    return whole
+def compare(rank, world, host, method):
+    torch.manual_seed(0)
+    model, inputs = hosts.HOSTS[host]()
+    model, inputs = model.double(), hosts.wide(inputs)  # far from any rounding of other sums
+    if next(iter(inputs.values())).shape[0] == 1:
+        inputs = {name: torch.cat([x, x / 2]) for name, x in inputs.items()}
+    report = hosts.convert(model, method, **hosts.METHODS[method])
+    assert report.swapped and not report.skipped
+    whole = gradients(copy.deepcopy(model), inputs)
+    share = {name: x.chunk(world)[rank] for name, x in inputs.items()}
+    ddp = nn.parallel.DistributedDataParallel(copy.deepcopy(model), find_unused_parameters=True)
+    for name, wrapped in (("ddp", ddp), ("fsdp2", shard(copy.deepcopy(model)))):
+        found = gradients(wrapped, share, world)
+        assert whole.keys() <= found.keys(), whole.keys() - found.keys()
+        for key, value in whole.items():
+            torch.testing.assert_close(found[key], value, msg=f"{host} {method} {name}: {key}")
+        print(host, method, name, "agrees", flush=True)
 
 
-def main(rank, world, store):
+def main(rank, world, store, pairs):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     torch.set_num_threads(1)
-    model = make_model()
-    x = torch.randn(4, 70, 32)
-    expected = gradients(copy.deepcopy(model), x)
-    share = x.chunk(world)[rank]
-    ddp = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
-    sharded = copy.deepcopy(model)
-    for layer in sharded.layers:
-        fully_shard(layer)
-    fully_shard(sharded)
-    for name, wrapped in (("ddp", ddp), ("fsdp2", sharded)):
-        found = gradients(wrapped, share)
-        assert found.keys() == expected.keys()
-        for key, value in expected.items():
-            torch.testing.assert_close(found[key], value, msg=f"{name}: {key}")
-        print(name, "agrees", flush=True)
+    for pair in pairs:
+        compare(rank, world, *pair.split(":"))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])

@@ -15,6 +15,7 @@ from sparseattn.layers.method import Method
 from sparseattn.testing.tolerance import judge, require
 
 BLOCKS = {"block_size": 16, "fallback": "never"}
+METHODS = {"topk": {"keep": 0.25, **BLOCKS}, "saliency": {"keep": 0.25, "predictor": True}}
 
 
 def timm_model(name, size=64, **options):
@@ -91,13 +92,39 @@ LAYERS = {"monai unetr": 12}  # cannot be chosen; all others have 2
 BUILT = {}
 
 
+def fresh(name):
+    """Return a copy of a host model in eval, and its inputs."""
+    if name not in BUILT:
+        BUILT[name] = HOSTS[name]()
+    model, inputs = BUILT[name]
+    return copy.deepcopy(model).eval(), inputs
+
+
 @pytest.fixture(params=HOSTS)
 def host(request):
     """A fresh copy of a model in eval, its inputs, and how many attention layers it has."""
-    if request.param not in BUILT:
-        BUILT[request.param] = HOSTS[request.param]()
-    model, inputs = BUILT[request.param]
-    return copy.deepcopy(model).eval(), inputs, LAYERS.get(request.param, 2)
+    return *fresh(request.param), LAYERS.get(request.param, 2)
+
+
+QUICK = {("timm vit", "saliency"), ("hf bert", "topk"), ("torch encoder", "topk")}
+EVERY_METHOD = [
+    pytest.param((name, method), id=f"{name}, {method}", marks=marks)
+    for name in HOSTS
+    for method in METHODS
+    for marks in [() if (name, method) in QUICK else pytest.mark.slow]
+]
+
+
+@pytest.fixture
+def converted(request):
+    """A copy of a model that keeps a quarter by some method, and its inputs."""
+    name, method = request.param
+    model, inputs = fresh(name)
+    convert(model, method, **METHODS[method])
+    return model, inputs
+
+
+every_method = pytest.mark.parametrize("converted", EVERY_METHOD, indirect=True)
 
 
 def run(model, inputs):
@@ -169,11 +196,10 @@ def test_copies_and_pickles(host):
     assert torch.equal(run(model, inputs), expected)
 
 
-@pytest.mark.slow
-def test_trains(host):
-    model, inputs, _ = host
-    convert(model.train(), "topk", keep=0.25, **BLOCKS)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+@every_method
+def test_trains(converted):
+    model, inputs = converted
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=3e-3)
     target = torch.randn_like(run(model, inputs))
     losses = []
     for _ in range(6):
@@ -185,10 +211,9 @@ def test_trains(host):
     assert losses[-1] < 0.97 * losses[0]
 
 
-@pytest.mark.slow
-def test_compiles_without_a_graph_break(host):
-    model, inputs, _ = host
-    convert(model, "topk", keep=0.25, **BLOCKS)
+@every_method
+def test_compiles_without_a_graph_break(converted):
+    model, inputs = converted
     expected, wanted = run(model, inputs), gradients(model, inputs)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -198,10 +223,9 @@ def test_compiles_without_a_graph_break(host):
 
 
 @torch.no_grad()
-@pytest.mark.slow
-def test_exports(host):
-    model, inputs, _ = host
-    convert(model, "topk", keep=0.25, **BLOCKS)
+@every_method
+def test_exports(converted):
+    model, inputs = converted
     program = torch.export.export(model, (), inputs)
     assert torch.equal(run(program.module(), inputs), run(model, inputs))
 
@@ -224,11 +248,10 @@ def test_autocast(host):
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in found.values())
 
 
-@pytest.mark.slow
-def test_checkpointing_gives_the_same_gradients(host):
-    model, inputs, _ = host
-    convert(model.train(), "topk", keep=0.25, **BLOCKS)
-    wanted = gradients(model, inputs)
+@every_method
+def test_checkpointing_gives_the_same_gradients(converted):
+    model, inputs = converted
+    wanted = gradients(model.train(), inputs)
     if hasattr(model, "set_grad_checkpointing"):  # timm
         model.set_grad_checkpointing()
     elif hasattr(model, "gradient_checkpointing_enable"):  # transformers

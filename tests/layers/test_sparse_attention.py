@@ -161,6 +161,17 @@ def test_a_row_without_keys_gives_the_bias_alone(method):
     assert torch.equal(x.grad, torch.zeros_like(x))
 
 
+def test_aliases_of_one_tensor_are_self_attention():
+    """FSDP2 hands on three aliases of x; taken for three tensors, padding had a say."""
+    options = {"keep": 1, "block_size": 16, "fallback": "never"}
+    layer = SparseAttention(32, 2, batch_first=True, method="topk", **options)
+    x, hidden = torch.randn(2, 60, 32), torch.arange(60) >= torch.tensor([[60], [21]])
+    out, _ = layer(x, x, x, hidden)
+    assert torch.equal(layer(x, x.view_as(x), x.detach(), hidden)[0], out)
+    apart, _ = layer(x, x.clone(), x.clone(), hidden)
+    assert not torch.allclose(apart[~hidden], out[~hidden])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_padding_may_hold_nan(method):
     _, layer = pair(method, batch_first=True)
