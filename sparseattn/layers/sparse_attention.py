@@ -160,9 +160,9 @@ class SparseAttention(nn.MultiheadAttention):
             NotImplementedError: a nested tensor, an attn_mask for a sparse method, or a saliency
                 for a method that takes none.
         """
+        self._check(query, key, value, key_padding_mask, saliency)
         itself = _is_same(query, key)
         same = itself and _is_same(key, value)
-        self._check(query, key, value, key_padding_mask, saliency)
         self._check_attn_mask(attn_mask, is_causal)
         batched = query.dim() == 3
         query, key, value = (self._batch_first(x, batched) for x in (query, key, value))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -120,14 +122,11 @@ def saliency_attention(
             "saliency": saliency, "key_mask": key_mask, "passthrough": passthrough,
             "always": always[None] if isinstance(always, Tensor) and always.dim() == 1 else always,
         }  # fmt: skip
-        options: dict[str, Any] = {
-            "keep": keep, "threshold": threshold, "log_bias": log_bias, "scale": scale,
-            "prune_queries": prune_queries, "impl": impl,
-        }  # fmt: skip
-        return sharded.attend(
-            _OP, lambda *qkv, **local: (saliency_attention(*qkv, **local, **options),), (q, k, v),
-            tensors,
-        )[0]  # fmt: skip
+        run: Callable[..., Any] = partial(
+            saliency_attention, keep=keep, threshold=threshold, log_bias=log_bias, scale=scale,
+            prune_queries=prune_queries, impl=impl,
+        )  # fmt: skip
+        return sharded.attend(_OP, lambda *a, **b: (run(*a, **b),), (q, k, v), tensors)[0]
     q, k, v = attention.check_qkv(_OP, q, k, v)
     scale = attention.check_scale(_OP, scale, q)
     per_head = _check_saliency(saliency, q, k)

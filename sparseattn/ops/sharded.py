@@ -7,7 +7,7 @@ sharded otherwise, over tokens say, is gathered first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,13 +31,14 @@ def attend(
     op: str,
     function: Callable[..., Any],
     qkv: tuple[Any, Any, Any],
-    extras: dict[str, Tensor | BlockMask | None],
+    extras: Mapping[str, Any],
 ) -> tuple[Tensor, ...]:
     """Return as DTensors what `function(q, k, v, **extras)` returns for local shards.
 
     That is a tuple of o [B, H, Nq, D] and perhaps others [B, H, Nq]. Masks and plain extras are
     taken as the whole, equal on every rank. Extras [B, ...] are cut along the batch, those of more
-    than two dimensions [B, 1 or H, ...] also along the heads; a size of 1 is not cut.
+    than two dimensions [B, 1 or H, ...] also along the heads; a size of 1 is not cut. What is
+    neither mask nor tensor is handed on.
     """
     from torch.distributed.tensor import DTensor
 
