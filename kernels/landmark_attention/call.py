@@ -94,11 +94,8 @@ class Call:
 
     def options(self, table: tuple[tuning.Row, ...]) -> dict[str, Any]:
         """Return flags, tiles and launch parameters as keywords of a kernel."""
-        capability = 90
-        if self.q.is_cuda:
-            major, minor = torch.cuda.get_device_capability(self.q.device)
-            capability = 10 * major + minor
-        row = tuning.pick(table, capability, self.q.element_size(), self.q.shape[3])
+        sizes = self.q.element_size(), self.q.shape[3]
+        row = tuning.pick(table, capability_of(self.q), *sizes)
         launch, enough = row.launch, max(16, triton.next_power_of_2(self.landmarks))
         of_landmarks = "BLOCK_Q" if self.flags["STAGE"] == 1 else "BLOCK_K"
         tiles = {"BLOCK_Q": launch.tile_q, "BLOCK_K": launch.tile_k}
@@ -110,6 +107,14 @@ class Call:
             "num_warps": launch.num_warps,
             "num_stages": launch.num_stages,
         }
+
+
+def capability_of(tensor: Tensor) -> int:
+    """Return the capability of a tensor's GPU, as 90; 90 in the interpreter."""
+    if not tensor.is_cuda:
+        return 90
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
 
 
 def raised(tensor: Tensor) -> Tensor:

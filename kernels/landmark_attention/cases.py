@@ -9,12 +9,16 @@ from typing import NamedTuple
 import torch
 
 from ..cases import Case
-from . import stage1, stage2, tuning
+from . import newton_schulz, stage1, stage2, tuning
 
 TABLES = {
     "landmark_attention_fwd_kernel": tuning.FORWARD,
     "landmark_attention_bwd_dq_kernel": tuning.BACKWARD_DQ,
     "landmark_attention_bwd_dkv_kernel": tuning.BACKWARD_DKV,
+}
+MATRIX_TABLES = {
+    "newton_schulz_fwd_kernel": tuning.NEWTON_SCHULZ_FORWARD,
+    "newton_schulz_bwd_kernel": tuning.NEWTON_SCHULZ_BACKWARD,
 }
 # beside the power of two of each row, a head dim that is held in two chunks
 SPLIT_DIMS = {64: 40, 128: 72}
@@ -54,9 +58,30 @@ def cases(capability: int) -> Iterator[Case]:
                 yield _case(kernel, row, inputs, form)
             split = plain._replace(head_dim=SPLIT_DIMS[row.head_dim])
             yield _case(kernel, row, "", split)
+    for kernel, rows in MATRIX_TABLES.items():
+        yield from _matrix_cases(kernel, tuning.pick_matrix(rows, capability))
     for head_dim in (64, 128):
         form = Form(head_dim, torch.bfloat16, 1)
         yield _case("landmark_attention_fwd_combine_kernel", None, "", form)
+
+
+def _matrix_cases(kernel: str, row: tuning.MatrixRow) -> Iterator[Case]:
+    for landmarks, head_dim, dtype in ((64, 64, "bf16"), (128, 128, "fp32"), (100, 72, "bf16")):
+        kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+        form = Form(head_dim, kind, 0, landmarks, loaded=landmarks == 100)
+        masked = ", mask" if form.loaded else ""
+        inputs = f"{dtype} D {head_dim}, {landmarks} landmarks{masked}"
+        yield Case(kernel, row, inputs, partial(_launch_matrices, form))
+
+
+def _launch_matrices(form: Form) -> None:
+    """Forward and backward of newton_schulz."""
+    shape = (2, 4, form.landmarks, form.head_dim)
+    landmarks = torch.empty(shape, dtype=form.dtype, device="cuda")
+    values = torch.empty(shape, device="cuda")
+    mask = torch.ones(shape[::2], dtype=torch.bool, device="cuda") if form.loaded else None
+    arguments = (landmarks, landmarks, values, mask, 6, form.head_dim**-0.5)
+    newton_schulz.backward(newton_schulz.forward(*arguments), *arguments)
 
 
 def _case(kernel: str, row: tuning.Row | None, inputs: str, form: Form) -> Case:

@@ -28,6 +28,15 @@ class Row(NamedTuple):
     spills: int = 0
 
 
+class MatrixRow(NamedTuple):
+    """One line of the tables of newton_schulz; tile_q is the side of a tile of a matrix."""
+
+    capability: int
+    launch: Launch
+    float32: str = "tf32x3"
+    spills: int = 0
+
+
 # table -> capability of its rows -> GPU, versions and date of the measurement; absent: unmeasured
 MEASURED: dict[str, dict[int, str]] = {}
 
@@ -65,6 +74,17 @@ BACKWARD_DKV = (
     Row(              80,   4,   64, Launch(     16,     32,     4,      1), spills=8),
     Row(              80,   4,  128, Launch(     16,     16,     8,      1), "ieee", 8),
 )
+
+#                    cap           tile    same  warps  stages
+NEWTON_SCHULZ_FORWARD = (
+    MatrixRow(        90, Launch(    64,     64,     8,      1), spills=16),
+    MatrixRow(        80, Launch(    32,     32,     4,      1)),
+)
+
+NEWTON_SCHULZ_BACKWARD = (
+    MatrixRow(        90, Launch(    64,     64,     8,      1), spills=48),
+    MatrixRow(        80, Launch(    32,     32,     4,      1), spills=16),
+)
 # fmt: on
 
 COMBINE_ROWS = 16  # rows a program of the combine kernel handles
@@ -88,6 +108,11 @@ def pick(table: tuple[Row, ...], capability: int, itemsize: int, head_dim: int) 
         f"landmark_attention: no launch row for capability {capability}, {itemsize} bytes, "
         f"head dim {head_dim}"
     )
+
+
+def pick_matrix(table: tuple[MatrixRow, ...], capability: int) -> MatrixRow:
+    """Return the row of the generation."""
+    return next(row for row in table if row.capability == generation(capability))
 
 
 def part_length(length: int, heads: int, landmarks: int) -> int:

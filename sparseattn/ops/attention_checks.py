@@ -11,7 +11,7 @@ from torch import Tensor
 from sparseattn import checks
 from sparseattn.ops import dispatch
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_qkv(op: str, q: Any, k: Any, v: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,7 +29,7 @@ def check_qkv(op: str, q: Any, k: Any, v: Any) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(f"{op}: q {checks.describe(q)}; expected a head dim D >= 1")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         checks.require_device(op, name, tensor, q.device, "q")
-        checks.require_dtype(op, name, tensor, *_DTYPES)
+        checks.require_dtype(op, name, tensor, *DTYPES)
     q, k, v = dispatch.autocast_inputs(q, k, v)
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != q.dtype:

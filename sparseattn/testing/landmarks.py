@@ -40,6 +40,8 @@ class LandmarkSpec:
     key_mask: "tail" pads samples at the end, "random" anywhere, "nothing" hides all keys of the
         first sample. Hidden keys hold NaN.
     input_scale: standard deviation of q, k and v.
+    correlated: tokens that follow one another are alike, and so are a token's q and k, as in
+        images; else all numbers are independent.
     """
 
     q_len: int
@@ -54,6 +56,7 @@ class LandmarkSpec:
     input_scale: float = 1.0
     scale: float | None = None
     key_mask: Literal["tail", "random", "nothing"] | None = None
+    correlated: bool = False
     seed: int = 0
 
 
@@ -92,6 +95,9 @@ def make(
     queries = (spec.batch, spec.heads, spec.q_len, spec.head_dim)
     keys = (spec.batch, key_heads, k_len, spec.head_dim)
     q, k, v = (torch.randn(s, generator=random) * spec.input_scale for s in (queries, keys, keys))
+    if spec.correlated:
+        k, v = (_interpolated(t, spec.input_scale, random) for t in (k, v))
+        q = 0.3 * q + k.repeat_interleave(spec.heads // key_heads, 1)
     dout = torch.randn(queries, generator=random)
     arguments: dict[str, Any] = {}
     if spec.key_mask is not None:
@@ -139,6 +145,25 @@ def linformer(
     return replace(inputs.changed(scale=spec.scale), leaves=("q", "k", "v", *names))
 
 
+def newton_schulz(
+    spec: LandmarkSpec,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> OpInputs:
+    """Make inputs of newton_schulz; q_len is m. Masked landmarks are 0, as means of nothing are."""
+    made = make(spec, dtype, device)
+    found = dict(made.arguments)
+    mask = found.pop("key_mask", None)
+    arguments = dict(zip(("queries", "keys", "values"), found.values(), strict=True))
+    if mask is not None:
+        arguments = {n: t.masked_fill(~mask[:, None, :, None], 0) for n, t in arguments.items()} | {
+            "landmark_mask": mask
+        }
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    arguments |= {"values": arguments["values"].to(wide), "scale": spec.scale}
+    return OpInputs(arguments, ("queries", "keys", "values"), made.dout.to(wide))
+
+
 def run(attend: Attend, inputs: OpInputs) -> dict[str, Tensor]:
     """Return the output and the gradient of every leaf."""
     leaves = {n: inputs.arguments[n].detach().requires_grad_() for n in inputs.leaves}
@@ -161,7 +186,7 @@ def check(attend: Attend, reference: Attend, inputs: OpInputs, limits_only: bool
     result = run(attend, inputs)
     judgements = []
     for name in truth:
-        like = inputs.arguments["q" if name == "out" else name.removeprefix("d")]
+        like = inputs.dout if name == "out" else inputs.arguments[name.removeprefix("d")]
         judgements.append(_limited(name, result[name], truth[name], truth[name].norm(), like.dtype))
         if (
             like.dtype != torch.float64 and not limits_only
@@ -211,6 +236,14 @@ def _beside_naive(name: str, result: Tensor, naive: Tensor, truth: Tensor) -> Ju
     allowed = NAIVE_FACTOR * baseline + floor
     faults = () if error <= allowed else ("the naive reference is twice as exact",)
     return Judgement(name, error, allowed, error, allowed, faults)
+
+
+def _interpolated(noise: Tensor, size: float, random: torch.Generator) -> Tensor:
+    """Return noise on lines between random tokens, one in eight."""
+    batch, heads, length, width = noise.shape
+    knots = torch.randn((batch * heads, width, length // 8 + 2), generator=random) * size
+    lines = torch.nn.functional.interpolate(knots, length, mode="linear", align_corners=True)
+    return 0.3 * noise + lines.view(batch, heads, width, length).mT
 
 
 def _key_mask(spec: LandmarkSpec, k_len: int, random: torch.Generator) -> Tensor:
