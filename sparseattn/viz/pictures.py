@@ -20,7 +20,7 @@ def image_picture(image: Tensor) -> bytes:
     """The image by itself."""
     figure, axes = _figure()
     _show_image(axes, image)
-    return _png(figure)
+    return png_of(figure)
 
 
 def kept_tiles_picture(image: Tensor, shares: Tensor, outlined: Tensor, query: int) -> bytes:
@@ -44,7 +44,7 @@ def kept_tiles_picture(image: Tensor, shares: Tensor, outlined: Tensor, query: i
     for tile in outlined.nonzero().flatten().tolist():
         _outline(axes, image, side, tile, KEPT_COLOUR, 1.4)
     _outline(axes, image, side, query, QUERY_COLOUR, 3.0)
-    return _png(figure)
+    return png_of(figure)
 
 
 def tile_share_picture(image: Tensor, shares: Tensor, label: str) -> bytes:
@@ -92,7 +92,7 @@ def block_mask_picture(states: Tensor, query: int) -> bytes:
         fontsize="small",
         columnspacing=1.2,
     )
-    return _png(figure)
+    return png_of(figure)
 
 
 def histogram_picture(values: Tensor, label: str) -> bytes:
@@ -104,7 +104,7 @@ def histogram_picture(values: Tensor, label: str) -> bytes:
     axes.set_xlabel(label)
     axes.set_ylabel("patches")
     axes.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
+    return png_of(figure)
 
 
 def _heat_picture(image: Tensor, values: Tensor, label: str, colours: str) -> bytes:
@@ -121,17 +121,30 @@ def _heat_picture(image: Tensor, values: Tensor, label: str, colours: str) -> by
     bar = figure.colorbar(heat, ax=axes, location="bottom", fraction=0.046, pad=0.02)
     bar.solids.set_alpha(1)
     bar.set_label(label)
-    return _png(figure)
+    return png_of(figure)
 
 
 def _figure(height: float = SIDE_INCHES) -> tuple[Any, Any]:
-    """A figure outside pyplot: nothing global, no window, no cleaning up."""
+    figure, (axes,) = figure_of(1, height=height)
+    return figure, axes
+
+
+def figure_of(
+    panels: int, *, columns: int = 1, width: float = SIDE_INCHES, height: float | None = None
+) -> tuple[Any, list[Any]]:
+    """A figure with its axes, outside pyplot: nothing global, no window, no cleaning up.
+
+    Without a height, panels are about square.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('pictures need matplotlib; pip install "sparseattn[demo]"') from error
-    figure = Figure(figsize=(SIDE_INCHES, height), dpi=DPI, layout="constrained")
-    return figure, figure.add_subplot()
+    rows = -(-panels // columns)
+    if height is None:
+        height = rows * (width / columns + 0.25)
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
 
 
 def _show_image(axes: Any, image: Tensor, brightest: float = 1.0) -> None:
@@ -157,7 +170,8 @@ def _outline(
     axes.add_patch(box)
 
 
-def _png(figure: Any) -> bytes:
+def png_of(figure: Any) -> bytes:
+    """Return a figure as PNG."""
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

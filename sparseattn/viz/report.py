@@ -149,18 +149,18 @@ def html_page(
     """Return the page: no script, no other file, no network. All text is escaped here."""
     return Template(_PAGE).substitute(
         title=escape(title),
-        style=_STYLE,
+        style=STYLE,
         lead=escape(lead),
         cards="\n".join(
             f'<div class="card"><b>{escape(value)}</b><span>{escape(text)}</span></div>'
             for value, text in cards
         ),
-        comparison=_html_table(rows_table(rows)),
-        table_notes=_html_list(table_notes),
-        pictures="\n".join(_html_picture(picture) for picture in pictures),
-        selections=_html_table(selections_table(selections)),
+        comparison=html_table(rows_table(rows)),
+        table_notes=html_list(table_notes),
+        pictures="\n".join(html_picture(picture) for picture in pictures),
+        selections=html_table(selections_table(selections)),
         selection_note=escape(selection_note),
-        notes=_html_list(notes),
+        notes=html_list(notes),
         facts="\n".join(
             f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>'
             for name, value in facts
@@ -176,7 +176,8 @@ def _error(value: float) -> str:
     return f"{value:.3f}" if value >= 1e-3 else f"{value:.0e}" if value else "0"
 
 
-def _html_table(table: Table) -> str:
+def html_table(table: Table) -> str:
+    """Return a table as HTML; its first column heads the rows."""
     groups = "".join(
         f'<th scope="colgroup" colspan="{count}">{escape(group)}</th>'
         for group, count in table.groups()
@@ -196,11 +197,13 @@ def _html_table(table: Table) -> str:
     )
 
 
-def _html_list(lines: Sequence[str]) -> str:
+def html_list(lines: Sequence[str]) -> str:
+    """Return lines as an HTML list."""
     return "<ul>\n" + "\n".join(f"<li>{escape(line)}</li>" for line in lines) + "\n</ul>"
 
 
-def _html_picture(picture: Picture) -> str:
+def html_picture(picture: Picture) -> str:
+    """Return a picture with its title and caption as HTML, the PNG inside."""
     data = base64.b64encode(picture.png).decode("ascii")
     return (
         f"<figure><h3>{escape(picture.title)}</h3>"
@@ -209,7 +212,7 @@ def _html_picture(picture: Picture) -> str:
     )
 
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light; --ink: #1d2733; --soft: #5b6878; --line: #d9dfe6; --accent: #b4480f; }
 * { box-sizing: border-box; }
 body { margin: 0; background: #f5f7f9; color: var(--ink);

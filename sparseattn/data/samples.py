@@ -1,0 +1,122 @@
+"""Small real data out of installed packages: nothing is downloaded, nothing is copied here."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseattn.data.split import Examples, Split
+
+HINT = 'pip install "sparseattn[samples]"'
+CROP = 32  # side of a nuclei crop, in pixels
+_FAR = 12  # a background crop's centre is at least that far from any nucleus' centre
+_HELD = 0.25  # share of the rows of the picture of nuclei that is for testing
+
+
+def digits(seed: int = 0) -> Split:
+    """Handwritten digits of scikit-learn: 1797 pictures of 8 x 8 pixels, a quarter for testing.
+
+    The split is always the same; `seed` is not used.
+    """
+    _need("sklearn", "scikit-learn")
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    found: Any = load_digits()
+    images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16
+    labels = torch.tensor(found.target)
+    train, test = train_test_split(
+        range(len(labels)), test_size=0.25, random_state=0, stratify=labels
+    )
+    examples = Examples(images=images, labels=labels)
+    return Split(
+        examples.take(train),
+        examples.take(test),
+        "handwritten digits of scikit-learn, 8 x 8 pixels, three quarters to train",
+        classes=tuple("0123456789"),
+    )
+
+
+def nuclei(seed: int = 0) -> Split:
+    """Crops of 32 x 32 pixels with a nucleus in the middle, or with background there.
+
+    They are cut from the labelled fluorescence picture of stardist (512 x 512, 125 nuclei). The
+    lower quarter of the rows is for testing; no crop reaches across. Every nucleus gives four
+    crops, moved by up to 3 pixels with random numbers of `seed`, and there are as many of
+    background, whose centre is at least 12 pixels from that of any nucleus.
+    """
+    picture, mask = nuclei_picture()
+    border = int(picture.shape[0] * (1 - _HELD))
+    generator = torch.Generator().manual_seed(seed)
+    upper = _crops(picture[:border], mask[:border], generator)
+    lower = _crops(picture[border:], mask[border:], generator)
+    return Split(
+        upper,
+        lower,
+        "crops of the labelled fluorescence nuclei of stardist, 32 x 32 pixels, upper three "
+        "quarters of the picture to train",
+        classes=("background", "nucleus"),
+    )
+
+
+def nuclei_picture() -> tuple[Tensor, Tensor]:
+    """Return stardist's picture float32 [512, 512], spanning [0, 1], and its mask int [512, 512].
+
+    The mask gives each of the 125 nuclei a number of its own; 0 is background.
+    """
+    _need("tifffile", "tifffile")
+    import tifffile  # type: ignore[import-untyped, unused-ignore]
+
+    folder = package_file("stardist", "data/images/img2d.tif").parent
+    picture = torch.from_numpy(tifffile.imread(folder / "img2d.tif").astype("float32"))
+    mask = torch.from_numpy(tifffile.imread(folder / "mask2d.tif").astype("int64"))
+    low, high = picture.aminmax()
+    return (picture - low) / (high - low), mask
+
+
+def _crops(picture: Tensor, mask: Tensor, generator: torch.Generator) -> Examples:
+    """Return crops [B, 1, 32, 32] and their labels [B], half of them with a nucleus."""
+    height, width = picture.shape
+    places = [(mask == i).nonzero().float().mean(0) for i in mask.unique().tolist() if i]
+    centres = torch.stack(places).round().long()  # [nuclei, 2]
+    moved = centres.repeat(4, 1)
+    moved += torch.randint(-3, 4, moved.shape, generator=generator)
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    grid = torch.stack([rows, columns], -1).flatten(0, 1)
+    far = torch.cdist(grid.float(), centres.float()).min(1).values >= _FAR
+    empty = grid[far & (mask.flatten() == 0)]
+    half, limit = CROP // 2, torch.tensor([height, width])
+
+    def fits(middles: Tensor) -> Tensor:
+        return middles[((middles >= half) & (middles <= limit - half)).all(1)]
+
+    moved, empty = fits(moved), fits(empty)
+    empty = empty[torch.randperm(len(empty), generator=generator)[: len(moved)]]
+    middles = torch.cat([empty, moved])
+    crops = [picture[y - half : y + half, x - half : x + half] for y, x in middles.tolist()]
+    labels = (torch.arange(len(middles)) >= len(empty)).long()
+    return Examples(images=torch.stack(crops)[:, None], labels=labels)
+
+
+def package_file(package: str, name: str) -> Path:
+    """Return the path of a file that an installed package brings, without importing the package.
+
+    Raises:
+        ImportError: the package is not installed, or has no such file.
+    """
+    spec = find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        if (path := Path(folder) / name).is_file():
+            return path
+    raise ImportError(f"{name} comes with {package}, where it is not to be found; {HINT}")
+
+
+def _need(module: str, package: str) -> None:
+    if find_spec(module) is None:
+        raise ImportError(f"this sample needs {package}; {HINT}")
+
+
+SAMPLES: dict[str, Callable[[int], Split]] = {"digits": digits, "nuclei": nuclei}

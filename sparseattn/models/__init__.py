@@ -1,0 +1,15 @@
+"""Reference models: thin, one file each, made of our layers and ops."""
+
+try:
+    import huggingface_hub  # noqa: F401  the models save and load through its mixin
+except ImportError as error:
+    raise ImportError('models need huggingface_hub; pip install "sparseattn[train]"') from error
+
+from sparseattn.models.keep_rule import KeepRule
+from sparseattn.models.sparseattnnet import (
+    SparseAttnNet,
+    SparseAttnNetConfig,
+    SparseAttnNetOutput,
+)
+
+__all__ = ["KeepRule", "SparseAttnNet", "SparseAttnNetConfig", "SparseAttnNetOutput"]

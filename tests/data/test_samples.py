@@ -1,0 +1,50 @@
+"""Small real data out of installed packages."""
+
+import pytest
+import torch
+
+from sparseattn.data.samples import CROP, digits, nuclei, nuclei_picture, package_file
+from sparseattn.data.sources import image_classes
+from sparseattn.data.split import Examples, count
+
+
+def test_digits() -> None:
+    pytest.importorskip("sklearn", reason='needs pip install "sparseattn[samples]"')
+    split = digits()
+    assert (count(split.train), count(split.test)) == (1347, 450) and len(split.classes) == 10
+    image = split.test[0]["images"]
+    assert image.shape == (1, 8, 8) and image.min() >= 0 and image.max() == 1
+    assert split.train.columns["labels"].bincount().min() >= 130
+
+
+def test_nuclei() -> None:
+    pytest.importorskip("tifffile", reason='needs pip install "sparseattn[samples]"')
+    picture, mask = nuclei_picture()
+    assert picture.shape == mask.shape == (512, 512) and len(mask.unique()) == 126
+    assert float((mask > 0).float().mean()) == pytest.approx(0.199, abs=5e-4)
+    split = nuclei(seed=3)
+    for data in (split.train, split.test):
+        images, labels = data.columns["images"], data.columns["labels"]
+        assert images.shape[1:] == (1, CROP, CROP) and labels.float().mean() == 0.5
+        middle = images[:, 0, 12:20, 12:20].mean((1, 2))
+        assert middle[labels == 1].mean() > 2 * middle[labels == 0].mean()
+    same, other = nuclei(seed=3), nuclei(seed=4)
+    assert torch.equal(same.train.columns["images"], split.train.columns["images"])
+    assert not torch.equal(other.train.columns["images"], split.train.columns["images"])
+
+
+def test_what_is_not_installed_is_named() -> None:
+    with pytest.raises(ImportError, match=r"x\.png comes with no_such_package.*\[samples\]"):
+        package_file("no_such_package", "x.png")
+    with pytest.raises(ImportError, match=r"x\.png comes with sparseattn"):
+        package_file("sparseattn", "x.png")
+
+
+def test_an_unknown_source_is_named() -> None:
+    with pytest.raises(ValueError, match="source is 'faces'; expected one of digits, nuclei"):
+        image_classes("faces")
+
+
+def test_columns_have_one_length() -> None:
+    with pytest.raises(ValueError, match="columns have lengths"):
+        Examples(images=torch.zeros(3, 1), labels=torch.zeros(2))
