@@ -54,13 +54,13 @@ SUMS = (  # parts of S and z, and of their gradients
 )
 
 ROWS = (  # o, dq, and dk with dv: tokens that read S or its gradient
-    Row(              90,   2,   64, Launch(   64,     4,      1), spills=13),
+    Row(              90,   2,   64, Launch(   64,     4,      1), spills=5),
     Row(              90,   2,  128, Launch(   64,     8,      1), spills=41),
     Row(              90,   4,   64, Launch(   64,     8,      1), spills=32),
     Row(              90,   4,  128, Launch(   16,     8,      1,  32)),
-    Row(              80,   2,   64, Launch(   64,     4,      1), spills=45),
+    Row(              80,   2,   64, Launch(   64,     8,      1), spills=4),
     Row(              80,   2,  128, Launch(   32,     8,      1,  64)),
-    Row(              80,   4,   64, Launch(   32,     8,      1)),
+    Row(              80,   4,   64, Launch(   32,     8,      1), spills=2),
     Row(              80,   4,  128, Launch(   16,     8,      1,  32)),
 )
 # fmt: on
