@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sparseattn.cli.extras import explain_missing
+from sparseattn.data.chest import LAYOUTS
+from sparseattn.data.samples import SAMPLES
 from sparseattn.training.options import TrainOptions, parse_changes
 from sparseattn.training.recipe import RECIPES, recipe_type
 
@@ -25,6 +27,13 @@ HELP = {
     "log_every": "steps between rows of steps.csv",
     "workers": "processes that load data",
     "device": "auto or cpu",
+    "layout": "of a folder: folders, or that of a table: {layouts}",
+    "table": "CSV file of a layout that has one",
+    "target": "finding of the table that is to be told",
+    "uncertain": "what an uncertain finding becomes: usual, zero, one or ignore",
+    "image_size": "side that pictures of a folder are resized to",
+    "on_error": "a bad file ends the run (raise), or is left out and listed in skipped.csv (skip)",
+    "check": "read every file once before training; --no-check trusts them",
 }
 
 
@@ -63,8 +72,18 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     """Add an option for every field of TrainOptions; those not given are left to the recipe."""
     for field in fields(TrainOptions):
         default = field.default
-        kind: Any = str if default is MISSING else type(default)
-        text = HELP[field.name].format(samples="digits or nuclei")
+        kind: Any = str if default in (MISSING, None) else type(default)
+        text = HELP[field.name].format(
+            samples=", ".join(SAMPLES), layouts=", ".join(sorted(LAYOUTS))
+        )
+        if kind is bool:
+            parser.add_argument(
+                f"--{field.name}",
+                action=argparse.BooleanOptionalAction,
+                default=argparse.SUPPRESS,
+                help=text,
+            )
+            continue
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
             type=kind,

@@ -47,8 +47,8 @@ def load_radiograph(path: str | Path | None = None) -> Radiograph:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not DICOM, has no picture, has colour or several frames, or is
-            compressed in a way that no installed decoder reads.
+        ValueError: the file is not DICOM, is truncated, has no picture, has colour or several
+            frames, or is compressed in a way that no installed decoder reads.
         ImportError: pydicom is not installed.
     """
     pydicom = _import_pydicom()
@@ -59,6 +59,8 @@ def load_radiograph(path: str | Path | None = None) -> Radiograph:
         dataset = pydicom.dcmread(path)
     except pydicom.errors.InvalidDicomError as error:
         raise ValueError(f"load_radiograph: {path} is not a DICOM file") from error
+    except EOFError as error:
+        raise ValueError(f"load_radiograph: {path} is truncated: {error}") from error
     photometric = _check_grey_frame(dataset, path)
     pixels = torch.from_numpy(_display_values(dataset, path))
     low, high = pixels.aminmax()
@@ -150,4 +152,6 @@ def _display_values(dataset: Any, path: Path) -> Any:
             f"load_radiograph: {path} is stored as {syntax}, which no installed decoder reads; "
             "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
         ) from error
+    except (ValueError, EOFError, AttributeError) as error:
+        raise ValueError(f"load_radiograph: {path} is truncated or damaged: {error}") from error
     return apply_voi_lut(apply_modality_lut(stored, dataset), dataset).astype("float32")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseattn.data.images import Volume, load_image, load_volume
 from sparseattn.data.split import Examples, Split
 
 HINT = 'pip install "sparseattn[samples]"'
@@ -75,6 +76,27 @@ def nuclei_picture() -> tuple[Tensor, Tensor]:
     mask = torch.from_numpy(tifffile.imread(folder / "mask2d.tif").astype("int64"))
     low, high = picture.aminmax()
     return (picture - low) / (high - low), mask
+
+
+def cell() -> Tensor:
+    """Return the quantitative phase of one cell, float32 [1, 660, 550] in [0, 1] (scikit-image).
+
+    It was recorded with a digital hologram: an optical path difference image.
+    """
+    return load_image(package_file("skimage", "data/cell.png"))
+
+
+def brain() -> dict[str, Volume]:
+    """Return the MNI ICBM152 average brain of nilearn, 1 mm: "t1", and maps "grey" and "white".
+
+    Each [197, 233, 189], values 0 to 255.
+    """
+    stem = "datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
+    names = {"t1": "t1", "grey": "gm", "white": "wm"}
+    return {
+        name: load_volume(package_file("nilearn", stem.format(part)))
+        for name, part in names.items()
+    }
 
 
 def _crops(picture: Tensor, mask: Tensor, generator: torch.Generator) -> Examples:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sparseattn.data.problems import Problems
+
 Example = dict[str, Tensor]  # by the names of the model's arguments
 
 
@@ -17,7 +19,7 @@ class Split:
     about        one sentence: what it is and where it comes from
     classes      what the labels stand for, in order; empty without labels
     channels     of an image
-    skipped      files that were left out, by reason
+    problems     files and rows that were left out
     """
 
     train: Dataset[Example]
@@ -25,7 +27,7 @@ class Split:
     about: str
     classes: tuple[str, ...] = ()
     channels: int = 1
-    skipped: dict[str, int] = field(default_factory=dict)
+    problems: Problems = field(default_factory=Problems)
 
 
 class Examples(Dataset[Example]):

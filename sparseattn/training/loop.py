@@ -23,6 +23,7 @@ from sparseattn.training.options import TrainOptions, read_json, write_json
 from sparseattn.training.recipe import Recipe, recipe_type
 
 CONFIG, CHECKPOINTS, MODEL = "config.json", "checkpoints", "model"
+SKIPPED = "skipped.csv"
 
 
 def train(model: str, options: TrainOptions, changes: Mapping[str, Any] | None = None) -> Path:
@@ -156,6 +157,8 @@ class _Run:
             self.out.mkdir(parents=True, exist_ok=True)
             if start is None:
                 write_json(self.out / CONFIG, self._config())
+            if self.split.problems.found:
+                self.split.problems.write(self.out / SKIPPED)
         self.logs = Logs(self.out, write=self.main, after=self.step if start else None)
         self.progress = Progress(show=self.main)
         self.progress.say(self._greeting(start))
@@ -304,6 +307,8 @@ class _Run:
             f"{self.accelerator.num_processes} process(es)",
             f"{self.split.about}: {count(self.split.train)} train, {count(self.split.test)} test",
         ]
+        for kind, times in self.split.problems.counts().items():
+            lines.append(f"left out: {times} x {kind}; see {self.out / SKIPPED}")
         if start is not None:
             lines.append(f"continues from {start}")
         return "\n".join(lines)

@@ -7,11 +7,11 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from sparseattn import checks
 
-Config = TypeVar("Config")
+UNCERTAIN = ("usual", "zero", "one", "ignore")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,12 @@ class TrainOptions:
     checkpoint_every  steps between two checkpoints; there is one after every epoch too
     log_every         steps between two rows of steps.csv
     workers           processes that load data
+    layout, table     of a folder: see `sparseattn.data.sources`; the table is a CSV file
+    target            finding of the table that is to be told, for tables with several
+    uncertain         what an uncertain finding becomes: usual, zero, one or ignore
+    image_size        side that pictures of a folder are resized to
+    on_error          "raise" ends at the first bad file, "skip" leaves it out and lists it
+    check             whether every file is read once before the training begins
     device            "auto" is the GPU where there is one
     """
 
@@ -47,9 +53,16 @@ class TrainOptions:
     log_every: int = 10
     workers: int = 0
     device: Literal["auto", "cpu"] = "auto"
+    layout: str = "folders"
+    table: str | None = None
+    target: str | None = None
+    uncertain: Literal["usual", "zero", "one", "ignore"] = "usual"
+    image_size: int = 64
+    on_error: Literal["raise", "skip"] = "raise"
+    check: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "checkpoint_every", "log_every"):
+        for name in ("epochs", "batch_size", "checkpoint_every", "log_every", "image_size"):
             checks.require_int("train", name, getattr(self, name), low=1)
         for name in ("seed", "workers"):
             checks.require_int("train", name, getattr(self, name), low=0)
@@ -60,6 +73,11 @@ class TrainOptions:
             raise ValueError(f"train: warmup is {self.warmup}; expected a share in [0, 1)")
         if self.precision not in ("no", "fp16", "bf16"):
             raise ValueError(f"train: precision is {self.precision!r}; expected no, fp16 or bf16")
+        for name, known in (("on_error", ("raise", "skip")), ("uncertain", UNCERTAIN)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"train: {name} is {getattr(self, name)!r}; expected {' or '.join(known)}"
+                )
         if self.device not in ("auto", "cpu"):
             raise ValueError(f"train: device is {self.device!r}; expected auto or cpu")
 

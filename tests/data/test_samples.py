@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparseattn.data.samples import CROP, digits, nuclei, nuclei_picture, package_file
+from sparseattn.data.samples import CROP, brain, cell, digits, nuclei, nuclei_picture, package_file
 from sparseattn.data.sources import image_classes
 from sparseattn.data.split import Examples, count
 
@@ -33,6 +33,16 @@ def test_nuclei() -> None:
     assert not torch.equal(other.train.columns["images"], split.train.columns["images"])
 
 
+def test_cell_and_brain() -> None:
+    for name, extra in (("skimage", "samples"), ("nilearn", "samples"), ("nibabel", "train")):
+        pytest.importorskip(name, reason=f'needs pip install "sparseattn[{extra}]"')
+    assert cell().shape == (1, 660, 550)
+    found = brain()
+    assert all(volume.voxels.shape == (197, 233, 189) for volume in found.values())
+    assert int((found["grey"].voxels > 127).sum()) == pytest.approx(1.08e6, rel=0.02)
+    assert int((found["white"].voxels > 127).sum()) == pytest.approx(0.63e6, rel=0.02)
+
+
 def test_what_is_not_installed_is_named() -> None:
     with pytest.raises(ImportError, match=r"x\.png comes with no_such_package.*\[samples\]"):
         package_file("no_such_package", "x.png")
@@ -41,7 +51,7 @@ def test_what_is_not_installed_is_named() -> None:
 
 
 def test_an_unknown_source_is_named() -> None:
-    with pytest.raises(ValueError, match="source is 'faces'; expected one of digits, nuclei"):
+    with pytest.raises(ValueError, match="'faces'; expected a folder, or one of digits, nuclei"):
         image_classes("faces")
 
 

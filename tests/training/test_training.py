@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,6 +21,7 @@ pytest.importorskip("sklearn", reason='needs pip install "sparseattn[samples]"')
 
 from sparseattn.cli.main import main
 from sparseattn.models import SparseAttnNet
+from sparseattn.testing.files import cut, picture
 from sparseattn.training import checkpoint
 from sparseattn.training.logs import CsvLog, read_csv
 from sparseattn.training.loop import (
@@ -168,6 +170,25 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
 def test_bf16_trains(tmp_path: Path) -> None:
     out = train("sparseattnnet", options(tmp_path, precision="bf16"), TINY)
     assert read_csv(out / "epochs.csv")[-1]["loss"] < 0.9 * math.log(10)
+
+
+def test_a_folder_of_pictures_trains(tmp_path: Path) -> None:
+    """With a truncated file, which is listed; nothing is written outside the run's folder."""
+    data = tmp_path / "data"
+    for i in range(8):
+        for name, value in (("dark", 20), ("light", 230)):
+            picture(data / name / f"{i}.png", np.full((10, 10), value + i, dtype=np.uint8))
+    cut(picture(data / "dark" / "cut.png", side=64))
+    before = sorted(path for path in tmp_path.rglob("*"))
+    words = ["--set", "dim=16", "heads=2", "depth=1", "keep=1.0"]
+    command = ["train", "sparseattnnet", "--data", str(data), "--out", str(tmp_path / "run")]
+    command += ["--image-size", "8", "--epochs", "8", "--batch-size", "4", "--device", "cpu"]
+    assert main([*command, "--on-error", "skip", *words]) == 0
+    skipped = (tmp_path / "run" / "skipped.csv").read_text()
+    assert "cut.png,truncated file" in skipped and len(skipped.splitlines()) == 2
+    assert read_csv(tmp_path / "run" / "epochs.csv")[-1]["loss"] < 0.5 * math.log(2)
+    outside = [p for p in tmp_path.rglob("*") if not p.is_relative_to(tmp_path / "run")]
+    assert sorted(outside) == before
 
 
 def test_a_folder_with_a_run_is_left_alone(trained: Path) -> None:

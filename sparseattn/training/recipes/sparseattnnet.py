@@ -46,7 +46,17 @@ class SparseAttnNetRecipe(Recipe):
     @classmethod
     def load(cls, options: TrainOptions) -> Split:
         """Return images and labels."""
-        return image_classes(options.data, options.seed)
+        return image_classes(
+            options.data,
+            seed=options.seed,
+            layout=options.layout,
+            table=options.table,
+            target=options.target,
+            uncertain=options.uncertain,
+            size=options.image_size,
+            on_error=options.on_error,
+            check=options.check,
+        )
 
     @classmethod
     def configure(cls, split: Split, changes: Mapping[str, Any]) -> SparseAttnNetConfig:

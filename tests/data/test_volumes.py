@@ -1,0 +1,119 @@
+"""NIfTI volumes, nnU-Net's folders, and the text of reports."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sparseattn.data.images import load_volume
+from sparseattn.data.nnunet import nnunet
+from sparseattn.data.problems import DataError, Problems
+from sparseattn.data.reports import sample_reports, sections, xml_reports
+from sparseattn.testing.files import cut, table
+
+nibabel = pytest.importorskip("nibabel", reason='needs pip install "sparseattn[train]"')
+
+
+def volume(path: Path, shape: tuple[int, ...] = (4, 5, 6), flip: bool = False) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.arange(np.prod(shape), dtype=np.int16).reshape(shape)
+    affine = np.diag([-2.0 if flip else 2.0, 3.0, 4.0, 1.0])
+    nibabel.save(nibabel.Nifti1Image(values, affine), path)
+    return path
+
+
+def test_volumes_come_in_ras(tmp_path: Path) -> None:
+    straight = load_volume(volume(tmp_path / "a.nii.gz"))
+    assert straight.spacing == (2, 3, 4) and straight.voxels[1, 0, 0] == 30
+    flipped = load_volume(volume(tmp_path / "b.nii", flip=True))
+    assert torch.equal(flipped.voxels, straight.voxels.flip(0))
+
+
+@pytest.mark.parametrize(
+    "name", ["anatomical.nii", "functional.nii", "example4d.nii.gz", "example_nifti2.nii.gz"]
+)
+def test_nibabels_own_files_are_read(name: str) -> None:
+    path = Path(nibabel.__file__).parent / "tests" / "data" / name
+    found = load_volume(path)
+    assert found.voxels.dim() >= 3 and torch.isfinite(found.voxels).all()
+
+
+BAD_VOLUMES: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "missing": (lambda p: p / "a.nii", "missing file"),
+    "cut": (lambda p: cut(volume(p / "a.nii", (30, 30, 30))), "truncated file"),
+    "cut gz": (lambda p: cut(volume(p / "a.nii.gz", (30, 30, 30))), "truncated file"),
+    "text": (lambda p: table(p / "a.nii", "text" * 200), "unreadable file"),
+    "text gz": (lambda p: table(p / "a.nii.gz", "text" * 200), "(unreadable|truncated) file"),
+    "flat": (lambda p: volume(p / "a.nii", (4, 5)), r"has shape \[4, 5\]"),
+    "name": (lambda p: table(p / "a.mha", "x"), "unknown kind of file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_VOLUMES)
+def test_a_bad_volume_is_named(case: str, tmp_path: Path) -> None:
+    make, says = BAD_VOLUMES[case]
+    path = make(tmp_path)
+    with pytest.raises(DataError, match=says) as error:
+        load_volume(path)
+    assert str(error.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_nnunet(tmp_path: Path, version: int) -> None:
+    names = {"channel_names": {"0": "T1", "1": "T2"}, "file_ending": ".nii"}
+    old = {"modality": {"0": "T1", "1": "T2"}}
+    (tmp_path / "dataset.json").write_text(json.dumps(names if version == 2 else old))
+    ending = ".nii" if version == 2 else ".nii.gz"
+    for case, channels in (("x", (0, 1)), ("y_1", (0, 1)), ("z", (0,))):
+        for channel in channels:
+            volume(tmp_path / "imagesTr" / f"{case}_{channel:04}{ending}")
+    volume(tmp_path / "labelsTr" / f"x{ending}")
+    table(tmp_path / "imagesTr" / "notes.txt", "text")
+    problems = Problems("skip")
+    (case,) = nnunet(tmp_path, problems)
+    assert case.name == "x" and [p.name for p in case.images] == [
+        f"x_0000{ending}",
+        f"x_0001{ending}",
+    ]
+    assert problems.counts() == {"mislabelled file": 1, "missing file": 2}
+    (tmp_path / "dataset.json").write_text("{")
+    with pytest.raises(DataError, match=r"dataset\.json: malformed file: it is not JSON"):
+        nnunet(tmp_path, problems)
+
+
+def test_sections_of_reports() -> None:
+    text = "EXAM: chest\nFINDINGS:  the heart\nis normal\n IMPRESSION: no disease: none\n"
+    assert sections(text) == {
+        "EXAM": "chest",
+        "FINDINGS": "the heart is normal",
+        "IMPRESSION": "no disease: none",
+    }
+
+
+def test_reports_of_an_archive(tmp_path: Path) -> None:
+    path = tmp_path / "r.tgz"
+    good = b'<r><AbstractText Label="FINDINGS">clear\n lungs</AbstractText></r>'
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in (("a.xml", good), ("b.xml", b"<r>"), ("c.xml", b"<r></r>")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    problems = Problems("skip")
+    assert xml_reports(path, problems) == [{"FINDINGS": "clear lungs"}]
+    assert problems.counts() == {"malformed file": 1, "missing text": 1}
+    with pytest.raises(DataError, match="truncated file"):
+        xml_reports(cut(path), Problems("skip"))
+
+
+def test_reports_of_the_package_are_read_where_they_are() -> None:
+    if find_spec("torchxrayvision") is None:
+        pytest.skip('needs pip install "sparseattn[samples]"')
+    problems = Problems("skip")
+    reports = sample_reports(problems)
+    assert len(reports) == 3927 and problems.counts() == {"missing text": 28}
