@@ -11,11 +11,14 @@ from sparseattn.layers.sparse_attention import SparseAttention
 from sparseattn.ops.approximation_error import approximation_error
 from sparseattn.ops.attention_factors import AttentionFactors
 from sparseattn.ops.block_sparse_attention import block_sparse_attention
+from sparseattn.ops.densify import densify
 from sparseattn.ops.linear_attention import linear_attention
 from sparseattn.ops.linformer_attention import linformer_attention
 from sparseattn.ops.orthogonal_features import orthogonal_features
 from sparseattn.ops.performer_attention import performer_attention
 from sparseattn.ops.saliency_attention import saliency_attention
+from sparseattn.ops.sparse_avg_pool3d import sparse_avg_pool3d
+from sparseattn.ops.sparse_max_pool3d import sparse_max_pool3d
 from sparseattn.ops.submanifold_conv3d import submanifold_conv3d
 from sparseattn.ops.topk_attention import topk_attention
 from sparseattn.structures.block_mask import BlockMask
@@ -39,6 +42,7 @@ __all__ = [
     "approximation_error",
     "block_sparse_attention",
     "convert",
+    "densify",
     "explain",
     "linear_attention",
     "linformer_attention",
@@ -48,6 +52,8 @@ __all__ = [
     "redraw_features",
     "revert",
     "saliency_attention",
+    "sparse_avg_pool3d",
+    "sparse_max_pool3d",
     "submanifold_conv3d",
     "topk_attention",
 ]

@@ -15,7 +15,7 @@ from sparseattn.reference.submanifold_conv3d import submanifold_conv3d as refere
 from sparseattn.structures.patch_grid import PatchGrid
 
 _OP = "submanifold_conv3d"
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Impl = Literal["auto", "triton", "torch", "reference"]
 
 
@@ -106,7 +106,7 @@ def _check(
     """Check everything; return features, weight and bias in one dtype, and three dilations."""
     if not isinstance(x, PatchGrid):
         raise TypeError(f"{_OP}: x {checks.describe(x)}; expected a PatchGrid")
-    checks.require_dtype(_OP, "x", x.features, *_DTYPES)
+    checks.require_dtype(_OP, "x", x.features, *DTYPES)
     checks.require_int(_OP, "groups", groups, low=1)
     if x.channels % groups or x.channels == 0:
         raise ValueError(
@@ -126,7 +126,7 @@ def _check(
         tensors["bias"] = bias
     for name, tensor in tensors.items():
         checks.require_device(_OP, name, tensor, x.device, "x")
-        checks.require_dtype(_OP, name, tensor, *_DTYPES)
+        checks.require_dtype(_OP, name, tensor, *DTYPES)
     features, *cast = dispatch.autocast_inputs(x.features, *tensors.values())
     for name, tensor in zip(tensors, cast, strict=True):
         if tensor.dtype != features.dtype:

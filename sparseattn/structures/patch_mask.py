@@ -138,11 +138,14 @@ class PatchMask:
         """Return sample, x, y and z of every row's patch, int64 [P] each."""
         return _unravel(self.patches, self.grid)
 
-    def neighbour_rows(self, reach: tuple[int, int, int]) -> Tensor:
-        """Return int32 [P, prod(2 * reach + 1)]: rows of patches up to `reach` away, else -1."""
-        if reach == (1, 1, 1):
+    def neighbour_rows(self, reach: tuple[int, int, int], outside: int = PAD_INDEX) -> Tensor:
+        """Return int32 [P, prod(2 * reach + 1)]: rows of patches up to `reach` away.
+
+        -1 where a patch is not active, `outside` where it would lie outside the volume.
+        """
+        if reach == (1, 1, 1) and outside == PAD_INDEX:
             return self.neighbours
-        return neighbour_rows(self.table, self.patches, reach)
+        return neighbour_rows(self.table, self.patches, reach, outside)
 
     def to(self, device: torch.device | str) -> PatchMask:
         """Return the mask with every tensor on `device`."""
@@ -166,10 +169,12 @@ def patch_size(op: str, patch: Any) -> tuple[int, int, int]:
     return sizes[0], sizes[1], sizes[2]
 
 
-def neighbour_rows(table: Tensor, patches: Tensor, reach: tuple[int, int, int]) -> Tensor:
-    """Look the patches around each active one up in a table with a border of -1."""
+def neighbour_rows(
+    table: Tensor, patches: Tensor, reach: tuple[int, int, int], outside: int = PAD_INDEX
+) -> Tensor:
+    """Look the patches around each active one up in a table with a border of `outside`."""
     rx, ry, rz = reach
-    bordered = pad(table, (rz, rz, ry, ry, rx, rx), value=PAD_INDEX)
+    bordered = pad(table, (rz, rz, ry, ry, rx, rx), value=outside)
     sizes = bordered.shape
     sample, x, y, z = _unravel(patches, (table.shape[1], table.shape[2], table.shape[3]))
     # the corner of the neighbourhood, which in the bordered table starts at the patch's own place

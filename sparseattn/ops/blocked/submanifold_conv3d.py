@@ -144,19 +144,32 @@ def _taps(problem: Problem, blocks: Tensor, kernel: torch.Size) -> Iterator[Tens
 
 def _halo(problem: Problem, rows: slice) -> Tensor:
     """Return patches with their halo, [n, px + halo, ..., C], 0 where nothing is active."""
-    device = problem.x.device
-    cell = torch.zeros((), dtype=torch.long, device=device)
-    place = torch.zeros((), dtype=torch.long, device=device)
-    shape = []
-    for before, size, after in zip(problem.before, problem.patch, problem.after, strict=True):
-        reach = reach_of(before, after, size)
-        moved = torch.arange(-before, size + after, device=device) + reach * size
-        cell = cell[..., None] * (2 * reach + 1) + moved // size
-        place = place[..., None] * size + moved % size
-        shape.append(len(moved))
-    source = problem.neighbours[rows].long()[:, cell.flatten()]  # [n, places]
-    index = (source * problem.x.shape[1:4].numel() + place.flatten()).flatten()
+    sides = list(zip(problem.before, problem.patch, problem.after, strict=True))
+    reach = tuple(reach_of(before, after, size) for before, size, after in sides)
+    index, shape = halo_index(problem.neighbours[rows], reach, sides)
     missing = (index < 0).nonzero()[:, 0]
     blocks = problem.x.flatten(0, 3).index_select(0, index.clamp_min_(0)).to(problem.wide)
     blocks.index_fill_(0, missing, 0)  # not a product with 0: what lies there may be NaN
     return blocks.view(-1, *shape, problem.x.shape[4])
+
+
+def halo_index(
+    neighbours: Tensor, reach: tuple[int, ...], sides: list[tuple[int, int, int]]
+) -> tuple[Tensor, list[int]]:
+    """Return which site lies at each place of patches with their halo, and the block's shape.
+
+    neighbours [n, prod(2 * reach + 1)]: rows; a negative one gives a negative site, row -2 lower
+    ones than row -1. sides: voxels before, of and after a patch along each axis.
+    """
+    device, sites = neighbours.device, 1
+    cell = torch.zeros((), dtype=torch.long, device=device)
+    place = torch.zeros((), dtype=torch.long, device=device)
+    shape = []
+    for far, (before, size, after) in zip(reach, sides, strict=True):
+        moved = torch.arange(-before, size + after, device=device) + far * size
+        cell = cell[..., None] * (2 * far + 1) + moved // size
+        place = place[..., None] * size + moved % size
+        shape.append(len(moved))
+        sites *= size
+    source = neighbours.long()[:, cell.flatten()]  # [n, places]
+    return (source * sites + place.flatten()).flatten(), shape

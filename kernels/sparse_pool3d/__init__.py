@@ -1,0 +1,1 @@
+"""Pooling of active patches, and active patches written into a dense volume; no atomics."""

@@ -1,0 +1,50 @@
+"""sparse_avg_pool3d against torch's pool of the dense volume, on every path and divisor."""
+
+import pytest
+import torch
+
+from sparseattn import PatchGrid, PatchMask, sparse_avg_pool3d
+from sparseattn.testing.patches import FEW, POOLS, check_pool
+
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DIVISORS = {"window": {}, "inside": {"count_include_pad": False}, "own": {"divisor_override": 7}}
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@pytest.mark.parametrize("divisor", DIVISORS)
+@pytest.mark.parametrize("case", POOLS)
+def test_torch_path(case, divisor):
+    spec, options = POOLS[case], DIVISORS[divisor]
+    check_pool(sparse_avg_pool3d, spec, spec.grid_of(torch.float32), impl="torch", **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", FEW)
+def test_torch_path_in_other_dtypes(case, dtype):
+    spec = POOLS[case]
+    check_pool(sparse_avg_pool3d, spec, spec.grid_of(dtype), impl="torch")
+
+
+@pytest.mark.parametrize("case", FEW)
+def test_triton_path(case):
+    spec, x = POOLS[case], POOLS[case].grid_of(torch.float32, TRITON_DEVICE)
+    divisor = "inside" if spec.padding else "own"
+    check_pool(sparse_avg_pool3d, spec, x, impl="triton", **DIVISORS[divisor])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_triton_path_in_16_bits(dtype):
+    spec = POOLS["aligned-to-one-voxel"]
+    check_pool(sparse_avg_pool3d, spec, spec.grid_of(dtype, TRITON_DEVICE), impl="triton")
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
+def test_hidden_sites_are_divided_by_too(impl):
+    """The divisor is the window; spconv divides by the number of active sites."""
+    mask = PatchMask.from_mask(torch.tensor([True, False]).view(1, 1, 1, 2))
+    x = PatchGrid(torch.full((1, 1, 1, 2, 1), 6.0), mask)
+    options = {"kernel_size": (1, 1, 3), "stride": 1, "padding": (0, 0, 1), "impl": impl}
+    assert sparse_avg_pool3d(x, **options).features.flatten().tolist() == [4.0, 4.0]
+    found = sparse_avg_pool3d(x, count_include_pad=False, **options)
+    assert found.features.flatten().tolist() == [6.0, 4.0]
