@@ -15,11 +15,11 @@ _CHUNK = 1 << 18  # numbers of a chunk of tokens: what keeps its features in the
 def _feature(x: Tensor, feature_map: str) -> Tensor:
     """Return elu(x) + 1, max(x, 0) or x, in memory that may be written.
 
-    Below 0 the first is exp(x), which adding 1 to expm1(x) would round to multiples of the last
-    bit of 1: that of -17 to 0.
+    The first is exp(min(x, 0)) + max(x, 0): adding 1 to expm1(x) would round small features to
+    multiples of the last bit of 1, that of -17 to 0.
     """
     if feature_map == "elu":
-        return torch.where(x > 0, x + 1, x.clamp(max=0).exp_())
+        return x.clamp(max=0).exp_().add_(x.clamp(min=0))
     return x.relu() if feature_map == "relu" else x.clone()
 
 
