@@ -54,9 +54,9 @@ class Explanation:
 
     q, k: the shapes. runs: the implementation that runs. reasons: why each of the others does not.
     density: share of all pairs that are attended to. pairs: how many. work: operations and bytes of
-    any implementation; choosing blocks or tokens is not counted. break_even: where dense attention
-    is faster on this device by measurement, or None where nothing was measured. dense: why the
-    layers would attend densely to this shape with fallback="auto", or None.
+    any implementation; choosing blocks or tokens is not counted. break_even: where it is as fast as
+    dense attention on this device, or None where that was not measured. slower: why dense attention
+    would be faster for this shape, or None; then the method "topk" of the layers attends densely.
     """
 
     op: str
@@ -71,7 +71,7 @@ class Explanation:
     work: Work
     floor: Floor | None
     break_even: break_even.BreakEven | None
-    dense: str | None
+    slower: str | None
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain values, for JSON."""
@@ -154,7 +154,7 @@ def explain(
         work=work,
         floor=_floor(work, dtype, gpu, place),
         break_even=break_even.measured(op, place),
-        dense=break_even.dense_reason(op, kept, parts, k[2], place),
+        slower=break_even.dense_reason(op, kept, parts, k[2], place),
     )
 
 
@@ -270,10 +270,8 @@ def _lines(found: Explanation) -> Iterator[str]:
         )
     measured = found.break_even
     if measured is None:
-        yield f"  break-even    unmeasured on {found.device}: nothing falls back to dense attention"
+        yield f"  break-even    unmeasured on {found.device}"
         return
-    yield (
-        f"  break-even    dense is faster below {measured.least_keys} keys and over "
-        f"{measured.most_kept:.0%} kept ({measured.source})"
-    )
-    yield f"  layers        {found.dense or 'attend sparsely'}"
+    shares = ", ".join(f"{share:.0%} from {keys}" for keys, share in measured.shares)
+    yield f"  break-even    keeping {shares} keys on ({measured.source})"
+    yield f"  here          {found.slower or 'sparse attention is faster'}"

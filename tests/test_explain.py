@@ -102,12 +102,19 @@ def test_reasons_are_those_of_the_op(monkeypatch):
 
 
 def test_break_even_is_what_the_layers_go_by():
-    few, most = (1, 6, 1000, 64), (1, 6, 8192, 64)
-    for shape, keep in ((few, 0.1), (most, 0.1), (most, 0.9)):
-        found = on_the_cpu("topk_attention", shape, keep=keep)
-        assert found.dense == make_method("topk", {"keep": keep}, "").dense_reason(shape[2], CPU)
-        assert found.break_even == break_even.measured("topk_attention", CPU)
-    assert "break-even" in str(found) and str(found.break_even.least_keys) in str(found)
+    for tokens, keep, slower in (
+        (300, 0.1, "below 512 keys"),
+        (600, 0.25, None),
+        (600, 0.5, "where over 33% are kept"),
+        (8192, 0.5, None),
+        (8192, 0.9, "where over 50% are kept"),
+    ):
+        found = on_the_cpu("topk_attention", (1, 6, tokens, 64), keep=keep)
+        assert found.slower == make_method("topk", {"keep": keep}, "").dense_reason(tokens, CPU)
+        assert (found.slower is None) == (slower is None) and (slower or "") in str(found)
+        assert "50% from 768 keys on" in str(found) and found.break_even.source in str(found)
+    most = on_the_cpu("saliency_attention", (1, 6, 1024, 64), keep=0.65)
+    assert most.slower is None and most.break_even.share(1024) > most.break_even.share(1023)
     assert break_even.measured("topk_attention", torch.device("cuda")) is None
 
 

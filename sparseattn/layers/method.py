@@ -210,7 +210,10 @@ class Method(nn.Module):
     def _say(self, reason: str | None) -> None:
         if reason is not None and reason not in _SAID:
             _SAID.add(reason)
-            _LOG.warning("%s (fallback='never' turns this off)", reason)
+            _LOG.warning(
+                "%s: all keys are attended to, since %s (fallback='never' turns this off)",
+                self.name, reason,
+            )  # fmt: skip
         self.fell_back = reason
 
     def extra_repr(self) -> str:

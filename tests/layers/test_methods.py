@@ -85,8 +85,8 @@ def test_short_inputs_are_attended_to_densely_and_said_once(caplog):
         for layer in layers * 2:
             out, _ = layer(x, x, x)
     assert [record.name for record in caplog.records] == ["sparseattn"]
-    assert "below 1024 keys all are attended to" in caplog.text
-    assert "below 1024 keys" in layers[0].method.fell_back
+    assert "topk: all keys are attended to, since dense attention is faster" in caplog.text
+    assert "below 512 keys" in layers[0].method.fell_back
     assert torch.equal(layers[0](x, x, x)[0], dense(x, x, x)[0])
     long = torch.randn(1, 1024, EMBED)
     layers[0](long, long, long)
@@ -99,7 +99,7 @@ def test_short_inputs_are_attended_to_densely_and_said_once(caplog):
 def test_keeping_most_is_attended_to_densely():
     layer, x = layer_of("topk", keep=0.6), torch.randn(1, 1100, EMBED)
     layer(x, x, x)
-    assert "keeping over 50%" in layer.method.fell_back
+    assert "where over 50% are kept" in layer.method.fell_back
     assert layer.method.dense_reason(1 << 20, torch.device("cpu")) is not None
     assert layer.method.dense_reason(20, torch.device("cuda")) is None  # not measured there
 
