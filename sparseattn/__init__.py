@@ -5,6 +5,7 @@ Importing this package imports neither Triton nor a GPU driver; kernels load on 
 
 from sparseattn.convert import convert, revert
 from sparseattn.explain import explain
+from sparseattn.integrations.masked import convert_masked, revert_masked
 from sparseattn.integrations.torch import patch_sdpa
 from sparseattn.layers.performer import redraw_features
 from sparseattn.layers.sparse_attention import SparseAttention
@@ -42,6 +43,7 @@ __all__ = [
     "approximation_error",
     "block_sparse_attention",
     "convert",
+    "convert_masked",
     "densify",
     "explain",
     "linear_attention",
@@ -51,6 +53,7 @@ __all__ = [
     "performer_attention",
     "redraw_features",
     "revert",
+    "revert_masked",
     "saliency_attention",
     "sparse_avg_pool3d",
     "sparse_max_pool3d",

@@ -13,7 +13,7 @@ import sparseattn
 PUBLIC = ["BlockMask", "TileOrder", "block_sparse_attention", "topk_attention"]
 PUBLIC += ["SparseAttention", "convert", "explain", "patch_sdpa", "revert"]
 PUBLIC += ["PatchGrid", "PatchMask", "submanifold_conv3d"]
-PUBLIC += ["densify", "sparse_avg_pool3d", "sparse_max_pool3d"]
+PUBLIC += ["convert_masked", "revert_masked", "densify", "sparse_avg_pool3d", "sparse_max_pool3d"]
 PUBLIC += ["orthogonal_features", "performer_attention"]
 PUBLIC += ["saliency_attention"]
 PUBLIC += ["linear_attention", "linformer_attention"]

@@ -59,16 +59,8 @@ class SubmanifoldConv3d(nn.Conv3d):
         """
         if not isinstance(conv, nn.Conv3d):
             raise TypeError(f"{_OP}: conv {checks.describe(conv)}; expected a torch.nn.Conv3d")
-        same = tuple(d * (k - 1) / 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
-        if conv.padding not in ("same", same) or set(conv.stride) != {1}:
-            raise ValueError(
-                f"{_OP}: conv has stride={conv.stride} and padding={conv.padding}; expected stride "
-                f"1 and padding {same} or 'same' (from kernel_size and dilation)"
-            )
-        if conv.padding_mode != "zeros":
-            raise ValueError(
-                f"{_OP}: conv has padding_mode={conv.padding_mode!r}; expected 'zeros'"
-            )
+        if obstacle := dense_obstacle(conv):
+            raise ValueError(f"{_OP}: {obstacle}")
         twin = cls(
             conv.in_channels, conv.out_channels, _three(conv.kernel_size),
             dilation=_three(conv.dilation), groups=conv.groups, bias=conv.bias is not None,
@@ -82,6 +74,19 @@ class SubmanifoldConv3d(nn.Conv3d):
         return submanifold_conv3d(
             x, self.weight, self.bias, dilation=_three(self.dilation), groups=self.groups
         )
+
+
+def dense_obstacle(conv: nn.Conv3d) -> str | None:
+    """Return why a dense convolution has no submanifold twin, if so."""
+    same = tuple(d * (k - 1) / 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
+    if conv.padding not in ("same", same) or set(conv.stride) != {1}:
+        return (
+            f"conv has stride={conv.stride} and padding={conv.padding}; expected stride 1 and "
+            f"padding {same} or 'same' (from kernel_size and dilation)"
+        )
+    if conv.padding_mode != "zeros":
+        return f"conv has padding_mode={conv.padding_mode!r}; expected 'zeros'"
+    return None
 
 
 def _three(sizes: tuple[int, ...]) -> tuple[int, int, int]:

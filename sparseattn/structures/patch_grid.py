@@ -122,6 +122,36 @@ class PatchGrid:
             f"device={str(self.device)!r})"
         )
 
+    def __add__(self, other: Any) -> PatchGrid:
+        """Add features of the same patches, a number, or a tensor [1, C, 1, 1, 1]."""
+        return self.with_features(self.features + self._operand("+", other))
+
+    def __sub__(self, other: Any) -> PatchGrid:
+        """Subtract, as ``+`` adds."""
+        return self.with_features(self.features - self._operand("-", other))
+
+    def __mul__(self, other: Any) -> PatchGrid:
+        """Multiply, as ``+`` adds."""
+        return self.with_features(self.features * self._operand("*", other))
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+    def _operand(self, sign: str, other: Any) -> Any:
+        """Return what stands beside the features."""
+        if isinstance(other, (int, float)):
+            return other
+        if isinstance(other, PatchGrid):
+            if other.mask is not self.mask or other.patch != self.patch:
+                raise ValueError(f"{_OP}: {sign} of other patches; expected those of one mask")
+            return other.features
+        if isinstance(other, Tensor) and other.shape in ((1, self.channels, 1, 1, 1), ()):
+            return other.flatten()
+        raise TypeError(
+            f"{_OP}: {sign} with what {checks.describe(other)}; expected a PatchGrid, a number or "
+            f"a tensor [1, C, 1, 1, 1], C={self.channels}"
+        )
+
     def with_features(self, features: Tensor) -> PatchGrid:
         """Return other features on the same patches."""
         return PatchGrid(features, self.mask)

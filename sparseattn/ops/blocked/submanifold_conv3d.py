@@ -2,14 +2,13 @@
 
 Chunks of patches are copied out with a halo of what their neighbours hold, and torch's dense
 convolution without padding runs on them; nothing of what it computes is thrown away. Small patches
-are too small for it: there each tap is a product of matrices. The workspace is bounded, and chunks
-are taken in order.
+are too small for it: there all that a site reads is laid side by side, for one product of matrices.
+The workspace is bounded, and chunks are taken in order.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import conv3d
 
 WORKSPACE = 16 * 2**20  # bytes of gathered features at once
-LARGEST_PER_TAP = 2  # voxels; in larger patches the halo costs less than the taps
+LARGEST_GATHERED = 2  # voxels; in larger patches the halo costs less than a copy for each tap
 
 
 class Problem(NamedTuple):
@@ -52,20 +51,17 @@ def reach_of(before: int, after: int, patch: int) -> int:
 def forward(problem: Problem, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return y [P, px, py, pz, C_out] in the dtype of x."""
     bias = None if bias is None else bias.to(problem.wide)
-    weight = _channels_last(weight, problem)
-    if not _goes_by_tap(problem):
-        return _convolve(problem, weight, bias)
-    taps = weight.permute(2, 3, 4, 1, 0).flatten(0, 2)  # [taps, C_in, C_out], a view
-    return _multiply(problem, list(taps), weight.shape[2:], bias)
+    if not _is_gathered(problem):
+        return _convolve(problem, _channels_last(weight, problem), bias)
+    return _multiply(problem, weight.permute(2, 3, 4, 1, 0), bias)
 
 
 def input_gradient(problem: Problem, weight: Tensor) -> Tensor:
     """Return dx for a problem whose x is dy, and whose window is mirrored."""
-    if not _goes_by_tap(problem):
+    if not _is_gathered(problem):
         grouped = weight.unflatten(0, (problem.groups, -1)).transpose(1, 2).flatten(0, 1)
         return _convolve(problem, _channels_last(grouped.flip(2, 3, 4), problem), None)
-    taps = _channels_last(weight, problem).permute(2, 3, 4, 0, 1).flatten(0, 2)
-    return _multiply(problem, list(taps)[::-1], weight.shape[2:], None)
+    return _multiply(problem, weight.permute(2, 3, 4, 0, 1).flip(0, 1, 2), None)
 
 
 def weight_gradient(problem: Problem, dy: Tensor, shape: torch.Size) -> Tensor:
@@ -73,16 +69,15 @@ def weight_gradient(problem: Problem, dy: Tensor, shape: torch.Size) -> Tensor:
     x = problem.x
     dw = torch.zeros(shape, dtype=problem.wide, device=x.device)
     dw = dw.contiguous(memory_format=torch.channels_last_3d)
-    sums = list(dw.permute(2, 3, 4, 0, 1).flatten(0, 2))  # [C_out, C_in] of each tap, views
-    for rows in _chunks(problem):
-        blocks, sent = _halo(problem, rows), dy[rows].to(problem.wide)
-        if _goes_by_tap(problem):
-            sent = sent.reshape(-1, shape[0]).mT
-            for total, gathered in zip(sums, _taps(problem, blocks, shape[2:]), strict=True):
-                total.addmm_(sent, gathered)
+    by_tap = dw.permute(0, 2, 3, 4, 1).flatten(1)  # [C_out, taps * C_in], a view
+    taps = shape[2:]
+    for rows in _chunks(problem, taps):
+        sent = dy[rows].to(problem.wide)
+        if _is_gathered(problem):
+            by_tap.addmm_(sent.reshape(-1, shape[0]).mT, _gathered(problem, rows, taps))
             continue
         dw += torch.ops.aten.convolution_backward(
-            sent.contiguous().permute(0, 4, 1, 2, 3), blocks.permute(0, 4, 1, 2, 3), dw, None,
+            sent.contiguous().permute(0, 4, 1, 2, 3), _halo(problem, rows), dw, None,
             [1, 1, 1], [0, 0, 0], list(problem.dilation), False, [0, 0, 0], problem.groups,
             [False, True, False],
         )[1]  # fmt: skip
@@ -92,26 +87,20 @@ def weight_gradient(problem: Problem, dy: Tensor, shape: torch.Size) -> Tensor:
 def _convolve(problem: Problem, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return y by torch's convolution of patches with their halo."""
     y = problem.x.new_empty((*problem.x.shape[:4], weight.shape[0]))
-    for rows in _chunks(problem):
-        blocks = _halo(problem, rows).permute(0, 4, 1, 2, 3)
+    for rows in _chunks(problem, weight.shape[2:]):
+        blocks = _halo(problem, rows)
         out = conv3d(blocks, weight, bias, dilation=problem.dilation, groups=problem.groups)
         y[rows] = out.permute(0, 2, 3, 4, 1)
     return y
 
 
-def _multiply(
-    problem: Problem, taps: list[Tensor], kernel: torch.Size, bias: Tensor | None
-) -> Tensor:
-    """Return y as a sum of products with one [C_in, C_out] for each tap."""
-    channels = taps[0].shape[1]
-    y = problem.x.new_empty((*problem.x.shape[:4], channels))
-    for rows in _chunks(problem):
-        out = torch.zeros((y[rows].numel() // channels, channels)).to(taps[0])
-        if bias is not None:
-            out += bias
-        gathered = _taps(problem, _halo(problem, rows), kernel)
-        for weight, read in zip(taps, gathered, strict=True):
-            out.addmm_(read, weight)
+def _multiply(problem: Problem, taps: Tensor, bias: Tensor | None) -> Tensor:
+    """Return y as a product of all that a site reads with [kx, ky, kz, C_in, C_out]."""
+    y = problem.x.new_empty((*problem.x.shape[:4], taps.shape[4]))
+    weight = taps.to(problem.wide).reshape(-1, taps.shape[4])
+    for rows in _chunks(problem, taps.shape[:3]):
+        read = _gathered(problem, rows, taps.shape[:3])
+        out = read @ weight if bias is None else torch.addmm(bias, read, weight)
         y[rows] = out.view(y[rows].shape)
     return y
 
@@ -120,37 +109,56 @@ def _channels_last(weight: Tensor, problem: Problem) -> Tensor:
     return weight.to(problem.wide).contiguous(memory_format=torch.channels_last_3d)
 
 
-def _goes_by_tap(problem: Problem) -> bool:
-    return problem.groups == 1 and max(problem.patch) <= LARGEST_PER_TAP
+def _is_gathered(problem: Problem) -> bool:
+    return problem.groups == 1 and (
+        max(problem.patch) <= LARGEST_GATHERED or not any(problem.before + problem.after)
+    )
 
 
-def _chunks(problem: Problem) -> list[slice]:
-    """Cut the patches into chunks that fit the workspace with their halo."""
-    axes = zip(problem.before, problem.patch, problem.after, strict=True)
-    x, y, z = (sum(axis) for axis in axes)
+def _chunks(problem: Problem, kernel: torch.Size) -> list[slice]:
+    """Cut the patches into chunks whose reads fit the workspace."""
+    if _is_gathered(problem):
+        places = math.prod(problem.patch) * math.prod(kernel)
+    else:
+        places = math.prod(sum(side) for side in _sides(problem))
     count, channels = problem.x.shape[0], problem.x.shape[4]
-    step = max(1, WORKSPACE // (4 * x * y * z * channels))
+    step = max(1, WORKSPACE // (4 * places * channels))
     return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
 
-def _taps(problem: Problem, blocks: Tensor, kernel: torch.Size) -> Iterator[Tensor]:
-    """Yield for each tap what the sites read through it, [sites, C]."""
-    for corner in itertools.product(*(range(size) for size in kernel)):
-        part = blocks
-        for axis, size in enumerate(problem.patch):
-            part = part.narrow(axis + 1, corner[axis] * problem.dilation[axis], size)
-        yield part.reshape(-1, blocks.shape[4])
+def _sides(problem: Problem) -> list[tuple[int, int, int]]:
+    """Return voxels before, of and after a patch along each axis."""
+    return list(zip(problem.before, problem.patch, problem.after, strict=True))
+
+
+def _gathered(problem: Problem, rows: slice, kernel: torch.Size) -> Tensor:
+    """Return what the sites of patches read, [sites, taps * C], 0 where nothing is active."""
+    if not any(problem.before + problem.after):
+        return problem.x[rows].flatten(0, 3).to(problem.wide)
+    index = _sources(problem, rows)
+    for axis, (size, taps) in enumerate(zip(problem.patch, kernel, strict=True)):
+        steps = [tap * problem.dilation[axis] for tap in range(taps)]
+        index = torch.stack([index.narrow(axis + 1, step, size) for step in steps], -1)
+    return _read(problem, index.flatten()).view(-1, math.prod(kernel) * problem.x.shape[4])
 
 
 def _halo(problem: Problem, rows: slice) -> Tensor:
-    """Return patches with their halo, [n, px + halo, ..., C], 0 where nothing is active."""
-    sides = list(zip(problem.before, problem.patch, problem.after, strict=True))
+    """Return patches with their halo, [n, C, px + halo, ...], 0 where nothing is active."""
+    index = _sources(problem, rows)
+    return _read(problem, index.flatten()).view(*index.shape, -1).permute(0, 4, 1, 2, 3)
+
+
+def _read(problem: Problem, index: Tensor) -> Tensor:
+    missing = (index < 0).nonzero()[:, 0]
+    read = problem.x.flatten(0, 3).index_select(0, index.clamp_min(0)).to(problem.wide)
+    return read.index_fill_(0, missing, 0)  # not a product with 0: what lies there may be NaN
+
+
+def _sources(problem: Problem, rows: slice) -> Tensor:
+    sides = _sides(problem)
     reach = tuple(reach_of(before, after, size) for before, size, after in sides)
     index, shape = halo_index(problem.neighbours[rows], reach, sides)
-    missing = (index < 0).nonzero()[:, 0]
-    blocks = problem.x.flatten(0, 3).index_select(0, index.clamp_min_(0)).to(problem.wide)
-    blocks.index_fill_(0, missing, 0)  # not a product with 0: what lies there may be NaN
-    return blocks.view(-1, *shape, problem.x.shape[4])
+    return index.view(-1, *shape)
 
 
 def halo_index(
