@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-_registered = False
+from sparseattn.ops import flops
 
 
 def register() -> None:
-    """Register the formulas once the counter is loaded; loading it here would load Triton.
-
-    A counter that is already running took its copy of the formulas when it was made.
-    """
-    global _registered
-    module = sys.modules.get("torch.utils.flop_counter")
-    if _registered or module is None:
-        return
-    _registered = True
+    """Register the formulas once the counter is loaded."""
     ops = torch.ops.sparseattn
-    formulas = {
-        ops.block_sparse_attention: _forward,
-        ops.block_sparse_attention_backward: _backward,
-    }
-    for op, formula in formulas.items():
-        module.register_flop_formula(op)(formula)
-        for mode in _get_current_dispatch_mode_stack():
-            running = getattr(mode, "counter", mode)
-            if isinstance(running, module.FlopCounterMode):
-                running.flop_registry[op] = module.flop_registry[op]
+    flops.register(
+        {
+            ops.block_sparse_attention: _forward,
+            ops.block_sparse_attention_backward: _backward,
+        }
+    )
 
 
 def _count(q_shape: Any, k_len: int, lists: tuple[Any, Any], block_q: int, block_k: int) -> int:

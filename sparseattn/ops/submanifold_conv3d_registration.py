@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparseattn.ops import flops
 from sparseattn.ops.blocked import submanifold_conv3d as blocked
 from sparseattn.ops.blocked.plan import accumulate_dtype as wide_dtype
 from sparseattn.ops.once import Gradients, differentiated_once
@@ -32,6 +34,11 @@ def apply(
 ) -> Tensor:  # fmt: skip
     """Run the op, through autograd only if something needs a gradient."""
     arguments = (x, neighbours, order, weight, bias, dilation, groups, impl)
+    if not torch.compiler.is_compiling():
+        ops = torch.ops.sparseattn
+        flops.register(
+            {ops.submanifold_conv3d: _flops, ops.submanifold_conv3d_backward: _backward_flops}
+        )
     wanted = (x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted):
         return _SubmanifoldConv3d.apply(*arguments)
@@ -120,6 +127,16 @@ def _problem(
     after = tuple(span - span // 2 for span in spans(weight, dilation))
     steps = (dilation[0], dilation[1], dilation[2])
     return blocked.Problem(x, neighbours, before, after, steps, groups)
+
+
+def _flops(x: Any, neighbours: Any, order: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """2 operations a tap, site and weight, also for taps that find no active site."""
+    return 2 * math.prod(x[:4]) * math.prod(weight)
+
+
+def _backward_flops(dy: Any, *shapes: Any, **_: Any) -> int:
+    needs_x, needs_weight = shapes[7:9]
+    return _flops(*shapes[:4]) * (bool(needs_x) + bool(needs_weight))
 
 
 def _forward_fake(

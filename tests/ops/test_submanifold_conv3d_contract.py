@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparseattn import PatchGrid, PatchMask, submanifold_conv3d
 from sparseattn.testing.convolution import ConvSpec as Spec
@@ -186,6 +187,22 @@ def test_autocast_computes_in_its_dtype():
     for name in ("dfeatures", "dweight", "dbias"):
         assert found[name].dtype == torch.float32
         assert torch.equal(found[name], expected[name].float())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_flop_counter_counts_all_taps(impl):
+    inputs = make(SMALL, device=DEVICES[impl])
+    features, weight = inputs.features.requires_grad_(), inputs.weight.requires_grad_()
+    sites, taps = inputs.features.shape[:4].numel(), 1 * 3 * 2
+    with FlopCounterMode(display=False) as forward:
+        y = apply(inputs, impl, features=features, weight=weight)
+    with FlopCounterMode(display=False) as backward:
+        y.sum().backward()
+    assert forward.get_total_flops() == 2 * sites * taps * 4 * 6 // 2
+    assert backward.get_total_flops() == 2 * forward.get_total_flops()
+    with FlopCounterMode(display=False) as half:
+        apply(inputs, impl, weight=weight.detach(), features=features).sum().backward()
+    assert half.get_total_flops() == 2 * forward.get_total_flops()
 
 
 # -- errors ------------------------------------------------------------------------------------
