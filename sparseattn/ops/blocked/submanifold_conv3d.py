@@ -53,7 +53,8 @@ def forward(problem: Problem, weight: Tensor, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.to(problem.wide)
     if not _is_gathered(problem):
         return _convolve(problem, _channels_last(weight, problem), bias)
-    return _multiply(problem, weight.permute(2, 3, 4, 1, 0), bias)
+    by_site = _channels_last(weight, problem).permute(0, 2, 3, 4, 1).flatten(1)  # a view
+    return _multiply(problem, by_site.mT, weight.shape[2:], bias)
 
 
 def input_gradient(problem: Problem, weight: Tensor) -> Tensor:
@@ -61,7 +62,8 @@ def input_gradient(problem: Problem, weight: Tensor) -> Tensor:
     if not _is_gathered(problem):
         grouped = weight.unflatten(0, (problem.groups, -1)).transpose(1, 2).flatten(0, 1)
         return _convolve(problem, _channels_last(grouped.flip(2, 3, 4), problem), None)
-    return _multiply(problem, weight.permute(2, 3, 4, 0, 1).flip(0, 1, 2), None)
+    taps = weight.to(problem.wide).flatten(2).flatten(0, 1).mT.contiguous()  # [taps, C_out * C_in]
+    return _multiply(problem, taps.view(-1, weight.shape[1]), weight.shape[2:], None, mirrored=True)
 
 
 def weight_gradient(problem: Problem, dy: Tensor, shape: torch.Size) -> Tensor:
@@ -94,12 +96,14 @@ def _convolve(problem: Problem, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def _multiply(problem: Problem, taps: Tensor, bias: Tensor | None) -> Tensor:
-    """Return y as a product of all that a site reads with [kx, ky, kz, C_in, C_out]."""
-    y = problem.x.new_empty((*problem.x.shape[:4], taps.shape[4]))
-    weight = taps.to(problem.wide).reshape(-1, taps.shape[4])
-    for rows in _chunks(problem, taps.shape[:3]):
-        read = _gathered(problem, rows, taps.shape[:3])
+def _multiply(
+    problem: Problem, weight: Tensor, kernel: torch.Size, bias: Tensor | None,
+    mirrored: bool = False,
+) -> Tensor:  # fmt: skip
+    """Return y as a product of all that a site reads with [taps * C_in, C_out]."""
+    y = problem.x.new_empty((*problem.x.shape[:4], weight.shape[1]))
+    for rows in _chunks(problem, kernel):
+        read = _gathered(problem, rows, kernel, mirrored)
         out = read @ weight if bias is None else torch.addmm(bias, read, weight)
         y[rows] = out.view(y[rows].shape)
     return y
@@ -131,13 +135,18 @@ def _sides(problem: Problem) -> list[tuple[int, int, int]]:
     return list(zip(problem.before, problem.patch, problem.after, strict=True))
 
 
-def _gathered(problem: Problem, rows: slice, kernel: torch.Size) -> Tensor:
-    """Return what the sites of patches read, [sites, taps * C], 0 where nothing is active."""
+def _gathered(
+    problem: Problem, rows: slice, kernel: torch.Size, mirrored: bool = False
+) -> Tensor:  # fmt: skip
+    """Return what the sites of patches read, [sites, taps * C], 0 where nothing is active.
+
+    mirrored: the last tap first.
+    """
     if not any(problem.before + problem.after):
         return problem.x[rows].flatten(0, 3).to(problem.wide)
     index = _sources(problem, rows)
     for axis, (size, taps) in enumerate(zip(problem.patch, kernel, strict=True)):
-        steps = [tap * problem.dilation[axis] for tap in range(taps)]
+        steps = [tap * problem.dilation[axis] for tap in range(taps)][:: -1 if mirrored else 1]
         index = torch.stack([index.narrow(axis + 1, step, size) for step in steps], -1)
     return _read(problem, index.flatten()).view(-1, math.prod(kernel) * problem.x.shape[4])
 
