@@ -70,9 +70,9 @@ def versions() -> dict[str, str | None]:
 
 
 def ops() -> dict[str, Callable[..., Any]]:
-    """Return the public functions that take `impl`, by name."""
+    """Return the public functions of ops/ that take `impl`, by name."""
     public = {name: getattr(sparseattn, name) for name in sorted(sparseattn.__all__)}
-    functions = {name: value for name, value in public.items() if inspect.isfunction(value)}
+    functions = {n: f for n, f in public.items() if f.__module__.startswith("sparseattn.ops.")}
     return {n: f for n, f in functions.items() if "impl" in inspect.signature(f).parameters}
 
 

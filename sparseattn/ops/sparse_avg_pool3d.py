@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparseattn import checks
 from sparseattn.ops.sparse_pool3d import Impl, Sizes, check, choose, pool
+from sparseattn.ops.submanifold_conv3d import unsupported
 from sparseattn.reference.sparse_avg_pool3d import sparse_avg_pool3d as reference
 from sparseattn.structures.patch_grid import PatchGrid
 
@@ -64,7 +65,7 @@ def sparse_avg_pool3d(
     checks.require_bool(_OP, "count_include_pad", count_include_pad)
     if divisor_override is not None:
         checks.require_int(_OP, "divisor_override", divisor_override, low=1)
-    chosen = choose(_OP, impl, x)
+    chosen = choose(_OP, impl, x, unsupported)
     if chosen == "reference":
         return reference(x, *sizes, count_include_pad, divisor_override)
     kernel, _, padding_sizes = sizes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sparseattn.ops.sparse_pool3d import Impl, check, choose, pool
+from sparseattn.ops.submanifold_conv3d import unsupported
 from sparseattn.reference.sparse_max_pool3d import sparse_max_pool3d as reference
 from sparseattn.structures.patch_grid import PatchGrid
 
@@ -55,7 +56,7 @@ def sparse_max_pool3d(
         Designing BERT for Convolutional Networks (2023), arXiv:2301.03580, section 3.1.
     """
     sizes = check(_OP, x, kernel_size, stride, padding)
-    chosen = choose(_OP, impl, x)
+    chosen = choose(_OP, impl, x, unsupported)
     if chosen == "reference":
         return reference(x, *sizes)
     return pool(x, sizes, None, 1.0, True, chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from sparseattn import checks
 from sparseattn.ops import dispatch
 from sparseattn.ops import sparse_pool3d_registration as registered
-from sparseattn.ops.submanifold_conv3d import DTYPES, unsupported
+from sparseattn.ops.submanifold_conv3d import DTYPES
 from sparseattn.structures.patch_grid import PatchGrid
 
 Impl = Literal["auto", "triton", "torch", "reference"]
@@ -45,8 +46,8 @@ def check(
     return kernel, steps, pads
 
 
-def choose(op: str, impl: str, x: PatchGrid) -> str:
-    """Return the implementation to run."""
+def choose(op: str, impl: str, x: PatchGrid, unsupported: Callable[[Tensor], list[str]]) -> str:
+    """Return the implementation to run; `unsupported` says why Triton cannot."""
     asked = impl == "triton" or (impl == "auto" and x.device.type == "cuda")
     return dispatch.choose(op, impl, x.device, unsupported(x.features) if asked else [])
 

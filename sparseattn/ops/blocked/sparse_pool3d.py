@@ -125,7 +125,7 @@ def _chunks(x: Tensor, sides: Sides) -> list[slice]:
     site = 1
     for side in sides:
         site *= sum(side)
-    step = max(1, WORKSPACE // (4 * site * x.shape[4]))
+    step = max(1, WORKSPACE // max(1, 4 * site * x.shape[4]))
     return [slice(first, first + step) for first in range(0, x.shape[0], step)]
 
 
