@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .call import Window, device_of, precision
+from .call import Window, device_of, features, precision
 from .sites import source_rows, tile_sites
 
 
@@ -94,7 +94,7 @@ def sparse_conv3d_depthwise_bwd_dw_kernel(
 
 def weight_gradient(x: Tensor, dy: Tensor, neighbours: Tensor, window: Window) -> Tensor:
     """Return dW [C_out, C_in / groups, kx, ky, kz], float32, of x and dy [P, px, py, pz, C]."""
-    x, dy = window.features(x), window.features(dy)
+    x, dy = features(x), features(dy)
     inner, outer = x.shape[4] // window.groups, dy.shape[4] // window.groups
     depthwise = inner == outer == 1
     launch = _depthwise if depthwise else _grouped

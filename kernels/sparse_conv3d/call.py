@@ -49,9 +49,25 @@ class Window(NamedTuple):
             "MIRRORED": self.mirrored,
         }
 
-    def features(self, x: Tensor) -> Tensor:
-        """Return features contiguous, and not bfloat16 where that is interpreted."""
-        return launching.raise_bfloat16(x, bool(triton.knobs.runtime.interpret)).contiguous()
+
+class Table(NamedTuple):
+    """A kernel map with sorted columns.
+
+    rows: int32 [taps, N_out], the input that each column reads through each tap, or -1.
+    order: int32 [N_out], the output of each column.
+    lists: int32 [ceil(N_out / sites_per_list), 1 + taps]: for each so many columns, how many taps
+        find an input in any of them, and these taps.
+    """
+
+    rows: Tensor
+    order: Tensor
+    lists: Tensor
+    sites_per_list: int
+
+
+def features(x: Tensor) -> Tensor:
+    """Return features contiguous, and not bfloat16 where that is interpreted."""
+    return launching.raise_bfloat16(x, bool(triton.knobs.runtime.interpret)).contiguous()
 
 
 def device_of(x: Tensor) -> AbstractContextManager[Any]:

@@ -9,14 +9,18 @@ from typing import Any, NamedTuple
 import torch
 
 from ..cases import Case
-from . import backward, forward, tuning
-from .call import Window
+from . import backward, forward, map_backward, map_forward, tuning
+from .call import Table, Window
 
 TABLES: dict[str, tuple[Any, ...]] = {
     "sparse_conv3d_fwd_kernel": tuning.FORWARD,
     "sparse_conv3d_bwd_dw_kernel": tuning.BACKWARD_DW,
     "sparse_conv3d_depthwise_fwd_kernel": tuning.DEPTHWISE,
     "sparse_conv3d_depthwise_bwd_dw_kernel": tuning.DEPTHWISE_DW,
+    "sparse_conv3d_map_fwd_kernel": tuning.FORWARD,
+    "sparse_conv3d_map_bwd_dw_kernel": tuning.BACKWARD_DW,
+    "sparse_conv3d_map_depthwise_fwd_kernel": tuning.DEPTHWISE,
+    "sparse_conv3d_map_depthwise_bwd_dw_kernel": tuning.DEPTHWISE_DW,
 }
 
 
@@ -49,11 +53,12 @@ def cases(capability: int) -> Iterator[Case]:
             forms = {"plain": plain, "odd": odd}
             if not depthwise:
                 forms["two groups"] = plain._replace(channels=(128, 2 * wide), groups=2)
-            if table is tuning.FORWARD:
+            if kernel == "sparse_conv3d_fwd_kernel":
                 forms["by place"] = plain._replace(patch=2, patches=1024)
             for inputs, form in forms.items():
                 name = f"{'bf16' if row.itemsize == 2 else 'fp32'} C {wide}, {inputs}"
-                yield Case(kernel, row, name, partial(_launch, kernel, form))
+                launch = _launch_map if "_map_" in kernel else _launch
+                yield Case(kernel, row, name, partial(launch, kernel, form))
 
 
 def _launch(kernel: str, form: Form) -> None:
@@ -73,3 +78,27 @@ def _launch(kernel: str, form: Form) -> None:
     )
     bias = torch.empty((outer,), dtype=form.dtype, device="cuda")
     forward.forward(x, neighbours, order, weight, bias, window)
+
+
+def _launch_map(kernel: str, form: Form) -> None:
+    """Run one convolution through a kernel map, or its weight gradient."""
+    inner, outer = form.channels
+    taps, sites, per_list = form.kernel**3, 512 * form.patches, 128
+
+    def integers(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="cuda")
+
+    x = torch.empty((sites, inner), dtype=form.dtype, device="cuda")
+    shape = (outer, inner // form.groups, *(form.kernel,) * 3)
+    if kernel.endswith("bwd_dw_kernel"):
+        dy = torch.empty((sites, outer), dtype=form.dtype, device="cuda")
+        lists = (integers(taps * sites), integers(taps * sites))
+        pairs = (*lists, integers(taps + 1, dtype=torch.int64))
+        map_backward.weight_gradient(x, dy, pairs, shape, form.groups)
+        return
+    rows, lines = integers(taps, sites), integers(sites // per_list, 1 + taps)
+    table = Table(rows, integers(sites), lines, per_list)
+    weight, bias = (
+        torch.empty(size, dtype=form.dtype, device="cuda") for size in (shape, (outer,))
+    )
+    map_forward.forward(x, table, weight, bias, form.groups)

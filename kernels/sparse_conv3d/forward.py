@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .call import Window, device_of, precision
+from .call import Window, device_of, features, precision
 from .sites import source_rows, tile_sites
 
 
@@ -143,7 +143,7 @@ def _convolve(
     x: Tensor, neighbours: Tensor, order: Tensor, packed: Tensor, bias: Tensor | None,
     window: Window,
 ) -> Tensor:  # fmt: skip
-    x = window.features(x)
+    x = features(x)
     y = x.new_empty((*x.shape[:4], packed.shape[2]))
     if y.numel() == 0:
         return y

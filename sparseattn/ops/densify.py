@@ -11,7 +11,7 @@ from sparseattn import checks
 from sparseattn.ops import dispatch
 from sparseattn.ops.blocked.plan import accumulate_dtype
 from sparseattn.ops.once import differentiated_once
-from sparseattn.ops.submanifold_conv3d import DTYPES, unsupported
+from sparseattn.ops.convolution_checks import DTYPES, unsupported
 from sparseattn.reference.densify import densify as reference
 from sparseattn.structures.patch_grid import PatchGrid
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparseattn import checks
 from sparseattn.ops import dispatch
 from sparseattn.ops import sparse_pool3d_registration as registered
-from sparseattn.ops.submanifold_conv3d import DTYPES
+from sparseattn.ops.convolution_checks import DTYPES
 from sparseattn.structures.patch_grid import PatchGrid
 
 Impl = Literal["auto", "triton", "torch", "reference"]

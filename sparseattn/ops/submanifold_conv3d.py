@@ -1,33 +1,37 @@
-"""Convolution on the active sites of a PatchGrid: the public op, its checks and dispatch."""
+"""Convolution on the active sites of patches or voxels: the public op, its checks and dispatch."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from sparseattn import checks
-from sparseattn.ops import dispatch
+from sparseattn.ops import convolution_checks as operands
+from sparseattn.ops import sparse_conv3d_registration as voxels
 from sparseattn.ops import submanifold_conv3d_registration as registered
 from sparseattn.ops.blocked.submanifold_conv3d import reach_of
+from sparseattn.ops.convolution_checks import unsupported as unsupported
 from sparseattn.reference.submanifold_conv3d import submanifold_conv3d as reference
 from sparseattn.structures.patch_grid import PatchGrid
+from sparseattn.structures.site_lookup import Window
+from sparseattn.structures.voxel_tensor import VoxelTensor
 
 _OP = "submanifold_conv3d"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+Sites = TypeVar("Sites", PatchGrid, VoxelTensor)
 Impl = Literal["auto", "triton", "torch", "reference"]
 
 
 def submanifold_conv3d(
-    x: PatchGrid,
+    x: Sites,
     weight: Tensor,
     bias: Tensor | None = None,
     *,
     dilation: int | tuple[int, int, int] = 1,
     groups: int = 1,
     impl: Impl = "auto",
-) -> PatchGrid:
+) -> Sites:
     """Convolve the active sites of a volume; sites that are not active count as 0 and stay so.
 
         y_i = bias + sum_t W_t x_{i + o_t}     over taps t whose site i + o_t is active
@@ -38,7 +42,7 @@ def submanifold_conv3d(
     convolution. Gradients are exact for the features, weight and bias.
 
     Args:
-        x: PatchGrid with C_in channels, float32, float16, bfloat16 or float64.
+        x: PatchGrid or VoxelTensor with C_in channels, float32, float16, bfloat16 or float64.
         weight: [C_out, C_in / groups, kx, ky, kz], dtype of x: the layout of torch's Conv3d. Any
             kernel size, even ones too.
         bias: [C_out], dtype of x; added at active sites only.
@@ -49,11 +53,12 @@ def submanifold_conv3d(
             CUDA where it can run, else torch.
 
     Returns:
-        PatchGrid with C_out channels on the mask of x, dtype of x.
+        The same structure with C_out channels on the sites of x, dtype of x.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: an argument has the wrong shape, device or value.
+        ValueError: an argument has the wrong shape, device or value; a voxel's coordinate is
+            outside its volume or there twice (on a GPU that is a device-side assertion).
         NotImplementedError: impl="triton" cannot run this; the message lists every reason.
 
     Notes:
@@ -67,6 +72,8 @@ def submanifold_conv3d(
         in float32 (float64 for float64). Under autocast it computes in the autocast dtype.
         Memory beyond the output: the weight once more and, in the backward, 4 bytes for each of its
         elements and at most 1024 splits of the sites; on the CPU a workspace of about 32 MiB.
+        A VoxelTensor needs a kernel map, which is built once for all calls on the same coordinates;
+        what it costs stands with `sparse_conv3d`.
         Not differentiable twice, except impl="reference".
 
     Reference:
@@ -74,65 +81,28 @@ def submanifold_conv3d(
         arXiv:1711.10275, section 3; masks of patches as in Designing BERT for Convolutional
         Networks (2023), arXiv:2301.03580, section 3.1.
     """
-    features, weight, bias, steps = _check(x, weight, bias, dilation, groups)
+    kinds = (PatchGrid, VoxelTensor)
+    features, weight, bias = operands.operands(_OP, x, weight, bias, groups, kinds=kinds)
+    steps = checks.three(_OP, "dilation", dilation)
     x = x.with_features(features)
-    asked = impl == "triton" or (impl == "auto" and features.device.type == "cuda")
-    chosen = dispatch.choose(_OP, impl, features.device, unsupported(features) if asked else [])
+    chosen = operands.choose(_OP, impl, features)
     if chosen == "reference":
         with torch.autocast(features.device.type, enabled=False):
             return reference(x, weight, bias, steps, groups)
+    spans = registered.spans(weight, steps)
+    if isinstance(x, VoxelTensor):
+        low = (spans[0] // 2, spans[1] // 2, spans[2] // 2)
+        kernel = (weight.shape[2], weight.shape[3], weight.shape[4])
+        window = Window(kernel, (1, 1, 1), low, steps)
+        return x.with_features(
+            voxels.convolve(features, weight, bias, x.sites, x.sites, window, groups, chosen)
+        )
     reach = tuple(
         reach_of(span // 2, span - span // 2, size)
-        for span, size in zip(registered.spans(weight, steps), x.patch, strict=True)
+        for span, size in zip(spans, x.patch, strict=True)
     )
     neighbours = x.mask.neighbour_rows((reach[0], reach[1], reach[2]))
     out = registered.apply(
         features, neighbours, x.mask.order, weight, bias, list(steps), groups, chosen
     )
     return x.with_features(out)
-
-
-def unsupported(features: Tensor) -> list[str]:
-    """Return why the Triton kernels cannot run such features (empty: they can)."""
-    reasons = list(dispatch.triton_reasons(features.device))
-    if features.dtype == torch.float64:
-        reasons.append("dtype is float64; expected float32, float16 or bfloat16")
-    return reasons
-
-
-def _check(
-    x: Any, weight: Any, bias: Any, dilation: Any, groups: Any
-) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, int, int]]:
-    """Check everything; return features, weight and bias in one dtype, and three dilations."""
-    if not isinstance(x, PatchGrid):
-        raise TypeError(f"{_OP}: x {checks.describe(x)}; expected a PatchGrid")
-    checks.require_dtype(_OP, "x", x.features, *DTYPES)
-    checks.require_int(_OP, "groups", groups, low=1)
-    if x.channels % groups or x.channels == 0:
-        raise ValueError(
-            f"{_OP}: groups is {groups}; expected a divisor of C_in, C_in={x.channels} (from x)"
-        )
-    shapes = checks.Shapes(_OP)
-    shapes.set("C_in/groups", x.channels // groups, "x")
-    shapes.bind("weight", weight, "C_out C_in/groups kx ky kz")
-    if weight.shape[0] % groups or min(weight.shape) == 0:
-        raise ValueError(
-            f"{_OP}: weight {checks.describe(weight)}; expected taps, and C_out a multiple of "
-            f"groups, groups={groups}"
-        )
-    tensors = {"weight": weight}
-    if bias is not None:
-        shapes.bind("bias", bias, "C_out")
-        tensors["bias"] = bias
-    for name, tensor in tensors.items():
-        checks.require_device(_OP, name, tensor, x.device, "x")
-        checks.require_dtype(_OP, name, tensor, *DTYPES)
-    features, *cast = dispatch.autocast_inputs(x.features, *tensors.values())
-    for name, tensor in zip(tensors, cast, strict=True):
-        if tensor.dtype != features.dtype:
-            raise TypeError(
-                f"{_OP}: {name} has dtype {tensor.dtype}; "
-                f"expected the dtype of x, dtype={features.dtype} (from x)"
-            )
-    steps = checks.three(_OP, "dilation", dilation)
-    return features, cast[0], cast[1] if bias is not None else None, steps

@@ -20,8 +20,8 @@ _WORD = 62  # taps whose presence is packed into an int64 to sort by
 class Pairs(NamedTuple):
     """The same map by taps: tap t pairs inputs[offsets[t] : offsets[t + 1]] with outputs.
 
-    All int32. inputs, outputs [taps * N_out], so that no count is needed on the host; what lies
-    behind the last offset means nothing.
+    inputs, outputs: int32 [taps * N_out], so that no count is needed on the host; what
+    lies behind the last offset means nothing. offsets: int64 [taps + 1].
     """
 
     inputs: Tensor
@@ -97,7 +97,7 @@ class KernelMap:
     def pairs(self) -> Pairs:
         """Return the pairs of every tap, in the order of the columns of `rows`."""
         found = self.rows >= 0
-        counts = found.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        ends = found.sum(1).cumsum(0)
         capacity = self.rows.numel()
         place = found.flatten().cumsum(0) - 1
         place = torch.where(found.flatten(), place, capacity)  # one more, for what is not there
@@ -106,7 +106,7 @@ class KernelMap:
             values.new_zeros((capacity + 1,)).scatter(0, place, values.flatten())[:capacity]
             for values in (self.rows, outputs)
         ]
-        return Pairs(made[0], made[1], pad(counts, (1, 0)))
+        return Pairs(made[0], made[1], pad(ends, (1, 0)))
 
     def transposed(self) -> KernelMap:
         """Return the map of the transposed convolution, which reads backwards through each tap."""

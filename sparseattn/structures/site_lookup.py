@@ -121,7 +121,7 @@ def neighbour_rows(
     """
     if (choose(box, fine) if method == "auto" else method) == "table":
         return _by_table(fine, coarse, box, window, same)
-    if same and window.symmetric:
+    if same and window.symmetric and not fine.is_cuda:  # counting hits would wait for a GPU
         return _by_symmetric_search(fine, box, window)
     return _by_search(fine, coarse, box, window)
 
@@ -196,8 +196,11 @@ def _by_search(fine: Tensor, coarse: Tensor, box: Box, window: Window) -> Tensor
     keys, numbers = _ascending(box.keys(fine) + box.corner, fine)
     first, readers = _ascending(box.keys(coarse, window.stride), coarse)
     rows = torch.full((window.taps, len(first)), PAD_INDEX, dtype=torch.int32, device=keys.device)
-    for tap, at, found in _search(keys, first, box.steps(window), window):
-        rows[tap, readers[found]] = numbers[at].int()
+    missing = numbers.new_full((1,), PAD_INDEX)
+    numbers = torch.cat((numbers, missing)).int()  # the last is read where the search ends
+    for tap, at, hits in _search(keys, first, box.steps(window), window):
+        read = torch.where(hits, numbers.index_select(0, at), PAD_INDEX)
+        rows[tap].index_copy_(0, readers, read)
     return rows
 
 
@@ -206,8 +209,9 @@ def _by_symmetric_search(fine: Tensor, box: Box, window: Window) -> Tensor:
     keys, numbers = _ascending(box.keys(fine) + box.corner, fine)
     rows = torch.full((window.taps, len(keys)), PAD_INDEX, dtype=torch.int32, device=keys.device)
     middle = window.taps // 2
-    for tap, at, found in _search(keys, keys - box.corner, box.steps(window)[:middle], window):
-        read, reader = numbers[at], numbers[found]
+    for tap, at, hits in _search(keys, keys - box.corner, box.steps(window)[:middle], window):
+        found = hits.nonzero()[:, 0]
+        read, reader = numbers[at[found]], numbers[found]
         rows[tap, reader] = read.int()
         rows[-1 - tap, read] = reader.int()
     torch.arange(len(keys), dtype=torch.int32, out=rows[middle])
@@ -217,7 +221,7 @@ def _by_symmetric_search(fine: Tensor, box: Box, window: Window) -> Tensor:
 def _search(
     keys: Tensor, first: Tensor, steps: list[int], window: Window
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield for each tap the places in `keys` that it finds, and the places in `first` that do.
+    """Yield for each tap where in `keys` each of `first` would find its site, and which do.
 
     Both are ascending. Taps along z follow each other in the keys: only the first is searched.
     """
@@ -230,8 +234,7 @@ def _search(
         else:
             at = torch.searchsorted(keys, wanted, out_int32=True)
         hits = ended.index_select(0, at) == wanted
-        found = hits.nonzero()[:, 0]
-        yield tap, at[found], found
+        yield tap, at, hits
 
 
 def _ascending(keys: Tensor, coordinates: Tensor) -> tuple[Tensor, Tensor]:

@@ -178,3 +178,9 @@ class VoxelTensor:
 def on_sites(features: Tensor, sites: SiteSet) -> VoxelTensor:
     """Return features on a set of sites, sharing what was made of it."""
     return VoxelTensor(features, *sites)
+
+
+def read(volume: Tensor, sites: SiteSet) -> VoxelTensor:
+    """Return what a volume [B, C, X, Y, Z] holds at a set of sites; differentiable."""
+    sample, i, j, k = sites.coordinates.long().unbind(1)
+    return on_sites(volume[sample, :, i, j, k], sites)

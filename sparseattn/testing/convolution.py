@@ -11,9 +11,10 @@ from torch import Tensor
 
 from sparseattn.structures.patch_grid import PatchGrid
 from sparseattn.structures.patch_mask import PatchMask
+from sparseattn.structures.voxel_tensor import VoxelTensor
 from sparseattn.testing.tolerance import Judgement, judge, require
 
-Convolve = Callable[..., PatchGrid]
+Convolve = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,23 @@ class ConvSpec:
 
 @dataclass(frozen=True)
 class ConvInputs:
-    """Arguments of submanifold_conv3d, and the gradient sent into its features."""
+    """Arguments of a convolution, and the gradient sent into its features.
+
+    mask: where the features are; a VoxelTensor stands for its voxels.
+    """
 
     features: Tensor
-    mask: PatchMask
+    mask: PatchMask | VoxelTensor
     weight: Tensor
     bias: Tensor | None
     dy: Tensor
     options: dict[str, Any]
+
+    def place(self, features: Tensor) -> PatchGrid | VoxelTensor:
+        """Return features where these inputs' are."""
+        if isinstance(self.mask, VoxelTensor):
+            return self.mask.with_features(features)
+        return PatchGrid(features, self.mask)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> ConvInputs:
         """Pass every floating tensor through `change`."""
@@ -108,8 +118,9 @@ def run(convolve: Convolve, inputs: ConvInputs) -> dict[str, Tensor]:
     names = ("features", "weight", "bias")
     tensors = {n: t for n in names if (t := getattr(inputs, n)) is not None}
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-    x = PatchGrid(leaves["features"], inputs.mask)
-    y = convolve(x, leaves["weight"], leaves.get("bias"), **inputs.options).features
+    y = convolve(
+        inputs.place(leaves["features"]), leaves["weight"], leaves.get("bias"), **inputs.options
+    ).features
     gradients = torch.autograd.grad(y, list(leaves.values()), inputs.dy)
     return {"y": y.detach()} | {f"d{n}": g for n, g in zip(leaves, gradients, strict=True)}
 

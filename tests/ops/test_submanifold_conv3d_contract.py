@@ -211,7 +211,8 @@ MASK = PatchMask.from_mask(torch.ones(1, 1, 1, 2, dtype=torch.bool))
 X = PatchGrid(torch.randn(2, 2, 2, 2, 4), MASK)
 W = torch.randn(6, 4, 3, 3, 3)
 WRONG = [
-    ((X.features, W), {}, TypeError, "x has shape [2, 2, 2, 2, 4]; expected a PatchGrid"),
+    ((X.features, W), {}, TypeError,
+     "x has shape [2, 2, 2, 2, 4]; expected a PatchGrid or a VoxelTensor"),
     ((X, None), {}, TypeError, "weight is None (NoneType); expected a torch.Tensor"),
     ((X, W[:, :3]), {}, ValueError,
      "weight has shape [6, 3, 3, 3, 3]; expected [C_out, C_in/groups, kx, ky, kz], "
