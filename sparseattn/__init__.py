@@ -19,9 +19,9 @@ from sparseattn.ops.orthogonal_features import orthogonal_features
 from sparseattn.ops.performer_attention import performer_attention
 from sparseattn.ops.saliency_attention import saliency_attention
 from sparseattn.ops.sparse_avg_pool3d import sparse_avg_pool3d
-from sparseattn.ops.sparse_max_pool3d import sparse_max_pool3d
 from sparseattn.ops.sparse_conv3d import sparse_conv3d
 from sparseattn.ops.sparse_conv_transpose3d import sparse_conv_transpose3d
+from sparseattn.ops.sparse_max_pool3d import sparse_max_pool3d
 from sparseattn.ops.submanifold_conv3d import submanifold_conv3d
 from sparseattn.ops.topk_attention import topk_attention
 from sparseattn.structures.block_mask import BlockMask

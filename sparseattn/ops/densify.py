@@ -10,8 +10,8 @@ from torch import Tensor
 from sparseattn import checks
 from sparseattn.ops import dispatch
 from sparseattn.ops.blocked.plan import accumulate_dtype
-from sparseattn.ops.once import differentiated_once
 from sparseattn.ops.convolution_checks import DTYPES, unsupported
+from sparseattn.ops.once import differentiated_once
 from sparseattn.reference.densify import densify as reference
 from sparseattn.structures.patch_grid import PatchGrid
 

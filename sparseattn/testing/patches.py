@@ -41,7 +41,7 @@ class PoolSpec:
         )  # fmt: skip
         inputs = make(spec, torch.float64, device)
         features = (inputs.features * 2).round().div(2).to(dtype)
-        return PatchGrid(lay_out(features, self.layout), inputs.mask)
+        return inputs.place(lay_out(features, self.layout))
 
 
 POOLS = {
