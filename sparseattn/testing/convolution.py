@@ -55,8 +55,8 @@ class ConvInputs:
     dy: Tensor
     options: dict[str, Any]
 
-    def place(self, features: Tensor) -> PatchGrid | VoxelTensor:
-        """Return features where these inputs' are."""
+    def place(self, features: Tensor) -> Any:
+        """Return features where these inputs are, a PatchGrid or a VoxelTensor."""
         if isinstance(self.mask, VoxelTensor):
             return self.mask.with_features(features)
         return PatchGrid(features, self.mask)
