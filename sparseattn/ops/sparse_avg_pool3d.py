@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from sparseattn import checks
+from sparseattn.ops.convolution_checks import unsupported
 from sparseattn.ops.sparse_pool3d import Impl, Sizes, check, choose, pool
-from sparseattn.ops.submanifold_conv3d import unsupported
 from sparseattn.reference.sparse_avg_pool3d import sparse_avg_pool3d as reference
 from sparseattn.structures.patch_grid import PatchGrid
 

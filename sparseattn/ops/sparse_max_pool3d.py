@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from sparseattn.ops.convolution_checks import unsupported
 from sparseattn.ops.sparse_pool3d import Impl, check, choose, pool
-from sparseattn.ops.submanifold_conv3d import unsupported
 from sparseattn.reference.sparse_max_pool3d import sparse_max_pool3d as reference
 from sparseattn.structures.patch_grid import PatchGrid
 
