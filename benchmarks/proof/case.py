@@ -51,6 +51,8 @@ class Case:
             attentions `sparseattn.testing.landmarks.judge`.
         dtypes: in which the numbers are checked; the other checks take the first.
         skip: a reason for each check that cannot hold for this case.
+        terms: terms(arguments, sent) -> how many terms each result is summed of, where they are so
+            many that their order matters; in float64, as `judge` takes them.
     """
 
     name: str
@@ -65,3 +67,4 @@ class Case:
     judge: Callable[..., Judgement] = judge
     dtypes: tuple[str, ...] = (BFLOAT16, FLOAT16, FLOAT32)
     skip: Mapping[str, str] = field(default_factory=dict)
+    terms: Callable[..., Mapping[str, Tensor]] | None = None

@@ -143,10 +143,13 @@ def _held(
     sizes: Mapping[str, Tensor] = {}
     if case.magnitudes is not None:
         sizes = case.magnitudes(wide, wide_sent, truth, setting.dtype)
+    terms = {} if case.terms is None else case.terms(wide, wide_sent)
     judgements = []
     for name, result in results.items():
         if truth[name].is_floating_point():
-            judgements.append(case.judge(name, result, naive[name], truth[name], sizes.get(name)))
+            counts = {"terms": terms[name]} if name in terms else {}
+            held = (result, naive[name], truth[name], sizes.get(name))
+            judgements.append(case.judge(name, *held, **counts))
         elif not torch.equal(result, truth[name]):
             raise Wrong(f"{name} differs from the reference")
     if faults := [str(judgement) for judgement in judgements if not judgement.passed]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from proof import sums
 from proof.case import BFLOAT16, Arguments, Case, Size
 from sparseattn.ops.sparse_conv3d import sparse_conv3d
 from sparseattn.ops.sparse_conv_transpose3d import sparse_conv_transpose3d
@@ -43,16 +44,6 @@ def voxels(features: Tensor, places: Tensor, shape: Any) -> VoxelTensor:
     return VoxelTensor(features.flatten(0, 1), coordinates, shape, batch)
 
 
-def sizes(spec: Spec, arguments: Arguments, sent: dict[str, Tensor], *_: Any) -> dict[str, Tensor]:
-    """The size of the terms of every result: all are sums of products."""
-    names = [n for n in ("features", "weight", "bias") if arguments[n] is not None]
-    leaves = {name: arguments[name].square().requires_grad_() for name in names}
-    y = convolve(spec, "reference", **(arguments | leaves))
-    found = torch.autograd.grad(y, list(leaves.values()), sent["y"].square())
-    gradients = {f"d{name}": g.sqrt() for name, g in zip(names, found, strict=True)}
-    return {"y": y.detach().sqrt(), **gradients}
-
-
 def case(name: str, size: Size, spec: Spec, count: int, out_count: int = 0, **more: Any) -> Case:
     """The case of a spec with `count` voxels in each sample, and as many in the output if named."""
     kernel = (spec.kernel,) * 3 if isinstance(spec.kernel, int) else spec.kernel
@@ -80,12 +71,13 @@ def case(name: str, size: Size, spec: Spec, count: int, out_count: int = 0, **mo
             "bias": normal(outer) if spec.bias else None,
         }  # fmt: skip
 
+    reference = partial(convolve, spec, "reference")
     batched = ("places", "features", "y", *(("out",) if out_count else ()))
     return Case(
         name, size, make, partial(convolve, spec, "triton"),
-        partial(convolve, spec, "reference"), ("y",),
+        reference, ("y",),
         ("features", "weight", "bias") if spec.bias else ("features", "weight"),
-        batched, partial(sizes, spec), **more,
+        batched, sums.sizes(reference), terms=sums.terms(reference), **more,
     )  # fmt: skip
 
 

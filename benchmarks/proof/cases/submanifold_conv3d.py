@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from proof import sums
 from proof.case import BFLOAT16, Arguments, Case, Size
 from sparseattn.ops.submanifold_conv3d import submanifold_conv3d
 from sparseattn.structures.patch_grid import PatchGrid
@@ -30,16 +31,6 @@ def convolve(
 
 
 TRITON, REFERENCE = partial(convolve, "triton"), partial(convolve, "reference")
-
-
-def sizes(arguments: Arguments, sent: dict[str, Tensor], *_: Any) -> dict[str, Tensor]:
-    """The size of the terms of every result: all are sums of products."""
-    names = [n for n in ("features", "weight", "bias") if arguments[n] is not None]
-    leaves = {name: arguments[name].square().requires_grad_() for name in names}
-    y = REFERENCE(**(arguments | leaves))
-    found = torch.autograd.grad(y, list(leaves.values()), sent["y"].square())
-    gradients = {f"d{name}": g.sqrt() for name, g in zip(names, found, strict=True)}
-    return {"y": y.detach().sqrt(), **gradients}
 
 
 def case(name: str, size: Size, spec: Spec, **more: Any) -> Case:
@@ -71,7 +62,8 @@ def case(name: str, size: Size, spec: Spec, **more: Any) -> Case:
     return Case(
         name, size, make, TRITON, REFERENCE, ("y",),
         ("features", "weight", "bias") if spec.bias else ("features", "weight"),
-        () if ragged or spec.batch == 1 else ("where", "features", "y"), sizes, **more,
+        () if ragged or spec.batch == 1 else ("where", "features", "y"),
+        sums.sizes(REFERENCE), terms=sums.terms(REFERENCE), **more,
     )  # fmt: skip
 
 
