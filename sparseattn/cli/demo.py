@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparseattn import __version__
+from sparseattn import __version__, saliency_attention
 from sparseattn.cli import demo_vit as vit
 from sparseattn.cli.demo_measure import Job, attention_job, compare, relative_error, stack_job
 from sparseattn.cli.demo_page import Findings, write_page
+from sparseattn.cli.demo_saliency import SaliencyPanel, saliency_panel
 from sparseattn.data import Radiograph, load_radiograph, to_square
 from sparseattn.viz.report import (
     Row,
@@ -186,7 +187,7 @@ def _sizes(options: Options) -> list[int]:
 def _measure(radiograph: Radiograph, options: Options, started: float) -> Findings:
     """Run every job, and collect what the page shows."""
     sizes = _sizes(options)
-    progress = _Progress(2 * (len(sizes) + 2) + 1, started)
+    progress = _Progress(2 * (len(sizes) + 3) + 2, started)
     height, width = radiograph.pixels.shape
     progress.stage(
         f"{radiograph.file_name}: {radiograph.modality} {radiograph.body_part}, "
@@ -220,6 +221,16 @@ def _measure(radiograph: Radiograph, options: Options, started: float) -> Findin
         first.sparse,
         options.budget,
     )
+    progress.stage("a predictor of saliency learns on the picture")
+    panel = _saliency(stack, first, first_qkv, options)
+    progress.tick()
+
+    def salient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return saliency_attention(q, k, v, panel.saliency, options.keep)
+
+    job = attention_job(f"salient tokens, {options.size}²", first_qkv, options.seed)
+    timed(job, salient, options.budget / 3)
+    rows[-1] = replace(rows[-1], kept=panel.share)
     exact = [x.float() for x in first_qkv]
     name = f"all tiles kept, {options.size}², fp32"
     everything = vit.full_attention(
@@ -228,7 +239,7 @@ def _measure(radiograph: Radiograph, options: Options, started: float) -> Findin
     timed(attention_job(name, exact, options.seed), everything, options.budget / 3)
     progress.stage("which tiles are kept, and what that changes")
     first.sparse.masks = None
-    findings = _look_inside(first, first_qkv, rows, options)
+    findings = _look_inside(first, first_qkv, rows, panel, options)
     progress.tick()
     progress.close()
     return replace(findings, facts=_facts(radiograph, options, stack, sizes, rows))
@@ -243,8 +254,24 @@ def _first_heads(stack: vit.VitStack, scene: _Scene, options: Options) -> tuple[
     return tuple(x.to(dtype) for x in heads)
 
 
+def _saliency(
+    stack: vit.VitStack, scene: _Scene, qkv: tuple[Tensor, ...], options: Options
+) -> SaliencyPanel:
+    """Learn what the first block attends to."""
+    with torch.no_grad():
+        tokens = stack.blocks[0].norm_attention(  # type: ignore[operator, union-attr]
+            stack.tokens(scene.patches, scene.where)
+        )
+    exact = [x.float() for x in qkv]
+    return saliency_panel(tokens, exact, options.keep, options.block, options.seed)
+
+
 def _look_inside(
-    scene: _Scene, qkv: tuple[Tensor, ...], rows: list[Row], options: Options
+    scene: _Scene,
+    qkv: tuple[Tensor, ...],
+    rows: list[Row],
+    panel: SaliencyPanel,
+    options: Options,
 ) -> Findings:
     """Errors, masks and other ways to choose, for the first block's attention."""
     q, k, v = (x.float() for x in qkv)
@@ -276,6 +303,7 @@ def _look_inside(
         picture=scene.picture.cpu(),
         states=mask.block_states()[0].cpu(),
         errors=vit.to_picture_grid(token_errors[0].sqrt().cpu(), options.block),
+        saliency=panel,
         tile=options.tile,
         facts=(),
     )
@@ -306,6 +334,7 @@ def _facts(
         ("shape", f"embedding {vit.EMBED}, {vit.HEADS} heads, patch {vit.PATCH}"),
         ("mask", f"tiles of {options.block} tokens = {options.tile} x {options.tile} pixels"),
         ("keep", f"{options.keep:g} of the key tiles, and the query's own tile always"),
+        ("saliency", f"{options.keep:g} of the patches, chosen for all queries and heads alike"),
         ("numbers", "bfloat16 (autocast); all tiles kept: float32" if on_gpu else "float32"),
         ("device", f"{processor}, {torch.get_num_threads()} CPU threads"),
         ("versions", f"sparseattn {__version__}, torch {torch.__version__}"),
@@ -335,5 +364,7 @@ def _print(findings: Findings, page: Path) -> None:
     )
     print()
     print(text_table(selections_table(findings.selections)))
+    print()
+    print(f"saliency: {findings.saliency.summary()}")
     print()
     print(f"page: {page}")

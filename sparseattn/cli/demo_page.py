@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparseattn.cli.demo_saliency import STEPS, SaliencyPanel
 from sparseattn.cli.demo_vit import CONTRAST_WEIGHT, SHARPNESS
 from sparseattn.viz import pictures
 from sparseattn.viz.report import Picture, Row, Selection, difference, html_page
@@ -23,6 +24,7 @@ class Findings:
     selections  ways to choose the tiles; the first is the one used in `rows`
     picture     [S, S] in [0, 1]     states  int [H, R, C] block states of the first block's mask
     errors      [G, G] relative error of each patch's attention output     tile  side in pixels
+    saliency    what a predictor learned on the picture; its row is the last but one
     facts       name and value of what was run
     """
 
@@ -31,6 +33,7 @@ class Findings:
     picture: Tensor
     states: Tensor
     errors: Tensor
+    saliency: SaliencyPanel
     tile: int
     facts: Sequence[tuple[str, str]]
 
@@ -51,7 +54,7 @@ def write_page(findings: Findings, folder: Path) -> Path:
         pictures=_pictures(findings),
         selections=findings.selections,
         selection_note=_selection_note(findings.selections),
-        notes=_notes(exact),
+        notes=_notes(exact, findings.saliency),
         facts=findings.facts,
     )
     path = folder / "index.html"
@@ -60,7 +63,7 @@ def write_page(findings: Findings, folder: Path) -> Path:
 
 
 def _cards(compared: Sequence[Row], exact: Row) -> list[tuple[str, str]]:
-    *attention, stack = compared
+    *attention, stack, _ = compared
     largest = attention[-1]
     memory = largest.sparse_bytes / max(largest.dense_bytes, 1)
     return [
@@ -93,6 +96,8 @@ def _table_notes(exact: Row) -> list[str]:
         "held before, results included. On a CPU it is summed from the allocations that torch's "
         "profiler saw, so scratch memory inside MKL or oneDNN is not in it; on a GPU it is "
         "torch.cuda.max_memory_allocated.",
+        "Salient tokens: saliency_attention to the most salient patches, the same for all queries "
+        "and heads, choice included, predictor not.",
         "The row with all tiles kept must equal dense up to rounding. Largest differences: "
         f"{difference(exact.output_difference)} in the output, "
         f"{difference(exact.gradient_difference)} in the gradients.",
@@ -145,6 +150,7 @@ def _pictures(findings: Findings) -> list[Picture]:
             "Radiograph with a heat map: relative error of the attention output per patch.",
             pictures.error_picture(picture, findings.errors, "relative error"),
         ),
+        _saliency_picture(findings),
         Picture(
             f"The mask of head {OUTLINED_HEAD + 1}",
             "One row per query tile, one column per key tile, both in reading order over the "
@@ -162,6 +168,19 @@ def _pictures(findings: Findings) -> list[Picture]:
     ]
 
 
+def _saliency_picture(findings: Findings) -> Picture:
+    panel = findings.saliency
+    return Picture(
+        "Patches that a predictor keeps",
+        f"Orange: {panel.share:.0%} of the patches, the most salient ones by a small network that "
+        f"learned, in {STEPS} steps on this picture, how much attention each patch of the first "
+        f"block receives. They receive {panel.mass:.0%} of it, chance would give "
+        f"{panel.share:.0%}, the best choice {panel.best:.0%}.",
+        "Radiograph with the kept patches tinted orange.",
+        pictures.kept_patches_picture(findings.picture, panel.kept),
+    )
+
+
 def _selection_note(selections: Sequence[Selection]) -> str:
     used, chance = selections[0], selections[-1]
     best = min(selections, key=lambda selection: selection.error)
@@ -176,10 +195,10 @@ def _selection_note(selections: Sequence[Selection]) -> str:
     )
 
 
-def _notes(exact: Row) -> list[str]:
+def _notes(exact: Row, panel: SaliencyPanel) -> list[str]:
     return [
-        "The weights are random. Nothing was trained, so no row says anything about accuracy on "
-        "a task, and no picture says anything about the patient.",
+        "The weights are random. Nothing but the predictor of saliency was trained, so no row says "
+        "anything about accuracy on a task, and no picture says anything about the patient.",
         "Errors are measured against dense attention with the same weights. They depend on how "
         "concentrated attention is, and trained weights will give others.",
         "To make random weights look at the picture at all, patches are contrast-normalised, the "
@@ -189,6 +208,8 @@ def _notes(exact: Row) -> list[str]:
         f"the key tiles, plus {CONTRAST_WEIGHT:g} times the tile's local contrast (the standard "
         "deviation of its pixels, standardised). Contrast stands in for saliency here: it is a "
         "property of the picture, not a learned predictor. The choice itself has no gradient.",
+        f"In the saliency panel {panel.summary()}. It knows this picture only. One choice for all "
+        "queries and heads cannot serve them as well as a choice for each: compare the errors.",
         "The stack gains less than attention by itself, because its projections and MLPs stay "
         "dense. The smaller the picture, the smaller the gain.",
         "Where nothing can be skipped there is nothing to gain: with all tiles kept, block-sparse "

@@ -32,18 +32,21 @@ def kept_tiles_picture(image: Tensor, shares: Tensor, outlined: Tensor, query: i
         outlined: bool [tiles] tiles kept by the head that gets outlines.
         query: number of the query tile; it gets its own outline.
     """
-    from matplotlib.colors import to_rgb
-
     figure, axes = _figure()
     _show_image(axes, image)
     side = isqrt(shares.numel())
-    tint = torch.zeros(side, side, 4)
-    tint[..., :3] = torch.tensor(to_rgb(KEPT_COLOUR))
-    tint[..., 3] = 0.6 * shares.reshape(side, side).float().cpu()
-    axes.imshow(tint.numpy(), extent=_extent(image), interpolation="nearest")
+    _tint(axes, image, 0.6 * shares.reshape(side, side))
     for tile in outlined.nonzero().flatten().tolist():
         _outline(axes, image, side, tile, KEPT_COLOUR, 1.4)
     _outline(axes, image, side, query, QUERY_COLOUR, 3.0)
+    return png_of(figure)
+
+
+def kept_patches_picture(image: Tensor, kept: Tensor) -> bytes:
+    """The patches that are kept, bool [G, G], tinted."""
+    figure, axes = _figure()
+    _show_image(axes, image)
+    _tint(axes, image, 0.55 * kept.float())
     return png_of(figure)
 
 
@@ -152,6 +155,16 @@ def _show_image(axes: Any, image: Tensor, brightest: float = 1.0) -> None:
     pixels = image.float().cpu().numpy()
     axes.imshow(pixels, cmap="gray", vmin=0, vmax=1 / brightest, extent=_extent(image))
     axes.set_axis_off()
+
+
+def _tint(axes: Any, image: Tensor, strength: Tensor) -> None:
+    """Lay the colour of what is kept over the image, as strong as a grid [G, G] says."""
+    from matplotlib.colors import to_rgb
+
+    tint = torch.zeros(*strength.shape, 4)
+    tint[..., :3] = torch.tensor(to_rgb(KEPT_COLOUR))
+    tint[..., 3] = strength.float().cpu()
+    axes.imshow(tint.numpy(), extent=_extent(image), interpolation="nearest")
 
 
 def _extent(image: Tensor) -> tuple[float, float, float, float]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sparseattn.cli import demo_measure, demo_vit
+from sparseattn.cli import demo_measure, demo_saliency, demo_vit
 from sparseattn.cli.main import main
 from sparseattn.viz.report import Row, Table, rows_table, text_table
 
@@ -69,6 +69,23 @@ def test_prints_stages_table_and_page(quick: Outcome) -> None:
 
 
 @needs_extra
+def test_the_predictor_finds_what_is_attended_to(quick: Outcome) -> None:
+    line = re.search(r"^saliency: .*$", quick.printed, re.MULTILINE)
+    assert line is not None
+    share, mass, chance, best = (float(x) for x in re.findall(r"([\d.]+)%", line.group()))
+    assert 15 <= share == chance < 16
+    assert 1.1 * chance < mass <= best < 100
+    assert re.search(r"^salient tokens, 256² +256 +15\.2% ", quick.printed, re.MULTILINE)
+    assert "Patches that a predictor keeps" in quick.page
+
+
+def test_attention_received_is_the_mean_of_the_weights() -> None:
+    q, k, v = torch.randn(3, 1, demo_vit.HEADS, 128, 64)
+    weights = (q @ k.mT / 8).softmax(-1)
+    assert_close(demo_saliency.attention_received((q, k, v), 64), weights.mean((0, 1, 2)))
+
+
+@needs_extra
 def test_all_tiles_kept_equals_dense(quick: Outcome) -> None:
     found = re.search(r"difference (\S+) in the output, (\S+) in the gradients", quick.printed)
     assert found is not None
@@ -83,7 +100,7 @@ def test_page_is_one_well_formed_file(quick: Outcome) -> None:
     assert names.isdisjoint({"script", "link", "iframe", "object"})
     assert "http" not in quick.page and "url(" not in quick.page
     images = [attributes for name, attributes in page.tags if name == "img"]
-    assert len(images) == 6
+    assert len(images) == 7
     for image in images:
         assert image["alt"]
         kind, data = image["src"].split(",")
