@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -10,15 +10,18 @@ from torch import nn
 from sparseattn import checks
 from sparseattn.ops.submanifold_conv3d import submanifold_conv3d
 from sparseattn.structures.patch_grid import PatchGrid
+from sparseattn.structures.voxel_tensor import VoxelTensor
 
 _OP = "SubmanifoldConv3d"
+Sites = TypeVar("Sites", PatchGrid, VoxelTensor)
 
 
 class SubmanifoldConv3d(nn.Conv3d):
-    """``nn.Conv3d`` of stride 1 and padding "same", on the active sites of a ``PatchGrid``.
+    """``nn.Conv3d`` of stride 1 and padding "same", on the active sites of patches or voxels.
 
-    Parameters, their names and their initial values are those of ``nn.Conv3d``, so state dicts go
-    both ways. See :func:`sparseattn.submanifold_conv3d` for what it computes.
+    Takes a ``PatchGrid`` or a ``VoxelTensor`` and returns the same structure. Parameters, their
+    names and their initial values are those of ``nn.Conv3d``, so state dicts go both ways. See
+    :func:`sparseattn.submanifold_conv3d` for what it computes.
 
     Args:
         in_channels: C_in.
@@ -69,7 +72,7 @@ class SubmanifoldConv3d(nn.Conv3d):
         twin.weight, twin.bias = conv.weight, conv.bias
         return twin.train(conv.training)
 
-    def forward(self, x: PatchGrid) -> PatchGrid:  # type: ignore[override]
+    def forward(self, x: Sites) -> Sites:  # type: ignore[override]
         """Convolve the active sites."""
         return submanifold_conv3d(
             x, self.weight, self.bias, dilation=_three(self.dilation), groups=self.groups
