@@ -166,6 +166,8 @@ class SparseAttention(nn.MultiheadAttention):
         self._check_attn_mask(attn_mask, is_causal)
         batched = query.dim() == 3
         query, key, value = (self._batch_first(x, batched) for x in (query, key, value))
+        if same:
+            key = value = query
         if not batched:
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
             saliency = None if saliency is None else saliency[None]
