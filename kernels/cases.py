@@ -15,7 +15,6 @@ class Case(NamedTuple):
 
     kernel: the kernel's name. Others that `launch` starts on the way are left to their own cases.
     row: the line of a table of tuning.py that the launch takes; None for a kernel without a table.
-        Its field `spills`, if it has one, is how many register spills are allowed.
     inputs: what the inputs are, as "bf16 D 72, bias"; unlike in other cases of the row.
     launch: calls the launcher as an op would. Tensors made inside with device="cuda" seem to lie on
         a GPU of the wanted capability; they hold no meaningful numbers.

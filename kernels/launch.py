@@ -42,15 +42,17 @@ def fit_tile(tile: int, block: int) -> int:
     return min(tile, block & -block)
 
 
-def split_head_dim(head_dim: int) -> tuple[int, int]:
+def split_head_dim(head_dim: int, itemsize: int = 2) -> tuple[int, int]:
     """Split a head dim into two powers of two that waste less than one: 72 -> (64, 16).
 
-    The second is 0 where one power of two is as good. Both are at least 16, what a dot takes.
+    The second is 0 where one power of two is as good, and up to 64 columns of float32, whose three
+    TF32 products fill the registers. Both are at least 16, what a dot takes.
     """
     whole = max(16, 1 << (head_dim - 1).bit_length())
     first = whole // 2
     rest = max(16, 1 << (head_dim - first - 1).bit_length()) if head_dim > first else 0
-    return (whole, 0) if whole == 16 or first + rest >= whole else (first, rest)
+    is_one = whole == 16 or first + rest >= whole or (itemsize == 4 and whole <= 64)
+    return (whole, 0) if is_one else (first, rest)
 
 
 def dot_precision(dtype: torch.dtype, float32: str) -> str:

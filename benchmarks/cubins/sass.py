@@ -87,6 +87,14 @@ def innermost(program: list[Instruction], matter: set[int]) -> list[Loop]:
     return [a for a in touching if not any(b.body < a.body for b in touching)]
 
 
+def spills_in_loops(program: list[Instruction]) -> int:
+    """Return how many registers are spilled or read back in loops that hold no other loop."""
+    inner: set[int] = set()
+    for loop in innermost(program, set(range(len(program)))):
+        inner |= loop.body
+    return sum(program[place].kind in ("STL", "LDL") for place in inner)
+
+
 def _followers(
     program: list[Instruction], end: int, place: dict[int, int], block_at: dict[int, int]
 ) -> list[int]:

@@ -21,8 +21,9 @@ HEAD = """# What the compiler makes of every launch row
 generation, compiled with Triton {pinned} for the inputs named; all of it is read off the binary.
 
 - **a SM**: blocks of threads that a multiprocessor holds at once.
-- **HGMMA** to **STL**: instructions in the whole binary. STL is a register spilled. *other inputs*:
-  the most spills among the row's other inputs (biases, gates, odd head dims), of how many allowed.
+- **HGMMA** to **STL**: instructions in the whole binary. STL is a register spilled, outside the
+  inner loops. *other inputs*: the most spills among the row's other inputs (biases, gates, odd head
+  dims).
 - **tensor** to **issue**: cycles that one turn of the main loop keeps each unit busy, for a block.
 - **limit**: the unit that is busy longest. **share**: the share of the peak of its arithmetic that
   the row can reach if all units work at once, and if no two ever do. This is a [model](account.md),
@@ -62,7 +63,7 @@ def _cells(first: dict[str, Any], others: list[dict[str, Any]], before: dict) ->
     cells += [str(first["shared"]), str(first["blocks"])]
     cells += [str(first["counts"][kind]) for kind in COUNTED]
     most = max((record["spills"] for record in others), default=0)
-    cells.append(f"{most} of {first['allowed']}" if others else "")
+    cells.append(str(most) if others else "")
     cells += [f"{first['cycles'][unit]:.0f}" for unit in UNITS]
     cells += [first["limit"], f"{first['share']:.0%} to {first['alone']:.0%}"]
     cells.append(_difference(first, before.get(_key(first))))

@@ -46,7 +46,7 @@ class Call:
         )
         blank = q.new_zeros((1, 1, 1, 1), dtype=torch.float32)
         blank_bits = q.new_zeros((1, 1, 1, 1, 1), dtype=torch.int32)
-        d0, d1 = launching.split_head_dim(q.shape[3])
+        d0, d1 = launching.split_head_dim(q.shape[3], q.element_size())
         heads = rows.offsets.shape[1]
         flags = {
             "GROUP": q.shape[1] // max(1, k.shape[1]),
@@ -146,7 +146,9 @@ class Call:
         if q.is_cuda:
             major, minor = torch.cuda.get_device_capability(q.device)
             capability = 10 * major + minor
-        row = tuning.pick(table, capability, q.element_size(), q.shape[3], self.block_size)
+        loaded = self.flags["HAS_BIAS"] or self.flags["HAS_GATE"]
+        kind = (capability, q.element_size(), q.shape[3])
+        row = tuning.pick(table, *kind, self.block_size, loaded=loaded)
         launch = row.launch._replace(
             tile_q=launching.fit_tile(row.launch.tile_q, self.block_size[0]),
             tile_k=launching.fit_tile(row.launch.tile_k, self.block_size[1]),

@@ -17,10 +17,7 @@ class Row(NamedTuple):
 
     float32: how float32 products are made where TF32 is not allowed. "tf32x3" is three TF32
         products on tensor cores; "ieee" is plain arithmetic, where "tf32x3" does not fit registers.
-    spills: register spills that a compiled row may have, over all head dims and features it serves.
-        Up to 8 are addresses that the compiler parks to fit one more block of threads. Where more
-        are allowed, a head dim in two chunks, or a bias and a gate together, need them; the plain
-        power of two does not, and it is what the tile was chosen for.
+    plain: whether it serves only inputs without bias and gate, which need more registers.
     tma: whether the tiles that a program walks are loaded by descriptor (TMA, Hopper on)
         where the inputs allow it, else by pointers.
     """
@@ -30,7 +27,7 @@ class Row(NamedTuple):
     head_dim: int
     launch: Launch
     float32: str = "tf32x3"
-    spills: int = 0
+    plain: bool = False
     tma: bool = False
 
 
@@ -40,7 +37,9 @@ MEASURED: dict[str, dict[int, str]] = {}
 # fmt: off
 #                    cap  bytes  D           tile_q  tile_k  warps  stages
 FORWARD = (
-    Row(              90,   2,   64, Launch(    128,    128,     8,      3), spills=8, tma=True),
+    Row(              90,   2,   48, Launch(    128,     64,     8,      3), tma=True),
+    Row(              90,   2,   48, Launch(     64,     64,     4,      3), tma=True),
+    Row(              90,   2,   64, Launch(    128,    128,     8,      3), tma=True),
     Row(              90,   2,   64, Launch(    128,     64,     8,      3), tma=True),
     Row(              90,   2,   64, Launch(     64,     64,     4,      3), tma=True),
     Row(              90,   2,   80, Launch(    128,     64,     8,      3), tma=True),
@@ -51,54 +50,69 @@ FORWARD = (
     Row(              90,   4,   64, Launch(     64,     32,     4,      3)),
     Row(              90,   4,  128, Launch(     32,     16,     8,      2), "ieee"),
     Row(              90,   4,  256, Launch(     32,     16,     8,      1), "ieee"),
+    Row(              80,   2,   48, Launch(    128,     64,     8,      3)),
+    Row(              80,   2,   48, Launch(     64,     64,     8,      3)),
     Row(              80,   2,   64, Launch(    128,     64,     8,      3)),
-    Row(              80,   2,   64, Launch(     64,     64,     4,      3), spills=8),
-    Row(              80,   2,  128, Launch(     64,     32,     4,      2), spills=8),
-    Row(              80,   2,  256, Launch(     32,     32,     4,      2), spills=8),
-    Row(              80,   4,   64, Launch(     32,     32,     4,      2), spills=16),
-    Row(              80,   4,  128, Launch(     32,     16,     8,      2), "ieee", 8),
+    Row(              80,   2,   64, Launch(     64,     64,     4,      3)),
+    Row(              80,   2,  128, Launch(     64,     32,     4,      2)),
+    Row(              80,   2,  192, Launch(     32,     32,     8,      1)),
+    Row(              80,   2,  256, Launch(     32,     32,     4,      2)),
+    Row(              80,   4,   64, Launch(     32,     32,     4,      2)),
+    Row(              80,   4,  128, Launch(     32,     16,     8,      1), "ieee"),
     Row(              80,   4,  256, Launch(     32,     16,     8,      1), "ieee"),
 )
 
 BACKWARD_DKV = (
-    Row(              90,   2,   48, Launch(     64,    128,     8,      2), spills=24, tma=True),
+    Row(              90,   2,   48, Launch(     64,    128,     8,      2), plain=True, tma=True),
+    Row(              90,   2,   48, Launch(     32,    128,     8,      2), tma=True),
     Row(              90,   2,   48, Launch(     32,     64,     4,      2), tma=True),
-    Row(              90,   2,   64, Launch(     64,    128,     8,      2), spills=16, tma=True),
-    Row(              90,   2,   64, Launch(     64,     64,     4,      2), spills=24, tma=True),
-    Row(              90,   2,   96, Launch(     32,     64,     8,      2), spills=16, tma=True),
-    Row(              90,   2,  128, Launch(     64,     64,     8,      2), spills=32, tma=True),
-    Row(              90,   2,  256, Launch(     32,     32,     8,      2), spills=24, tma=True),
-    Row(              90,   4,   64, Launch(     16,     32,     4,      2), spills=8),
-    Row(              90,   4,  128, Launch(     16,     32,     8,      1), "ieee", 8),
-    Row(              90,   4,  256, Launch(     16,     16,     8,      1), "ieee", 8),
-    Row(              80,   2,   64, Launch(     32,     64,     4,      2), spills=8),
-    Row(              80,   2,  128, Launch(     32,     32,     4,      2), spills=24),
-    Row(              80,   2,  256, Launch(     16,     16,     8,      2), spills=8),
-    Row(              80,   4,   64, Launch(     16,     32,     4,      1), spills=32),
-    Row(              80,   4,  128, Launch(     16,     32,     8,      1), "ieee", 8),
-    Row(              80,   4,  256, Launch(     16,     16,     8,      1), "ieee", 8),
+    Row(              90,   2,   64, Launch(     64,    128,     8,      2), plain=True, tma=True),
+    Row(              90,   2,   64, Launch(     64,     64,     4,      2), plain=True, tma=True),
+    Row(              90,   2,   64, Launch(     32,     64,     4,      2), tma=True),
+    Row(              90,   2,   96, Launch(     32,     64,     8,      2), plain=True, tma=True),
+    Row(              90,   2,   96, Launch(     16,     64,     4,      1), tma=True),
+    Row(              90,   2,  128, Launch(     64,     64,     8,      2), plain=True, tma=True),
+    Row(              90,   2,  128, Launch(     64,     32,     8,      2), tma=True),
+    Row(              90,   2,  192, Launch(     16,     32,     8,      2), tma=True),
+    Row(              90,   2,  256, Launch(     32,     32,     8,      2), tma=True),
+    Row(              90,   4,   64, Launch(     16,     32,     4,      2)),
+    Row(              90,   4,  128, Launch(     16,     32,     8,      1), "ieee"),
+    Row(              90,   4,  256, Launch(     16,     16,     8,      1), "ieee"),
+    Row(              80,   2,   64, Launch(     32,     64,     4,      2), plain=True),
+    Row(              80,   2,   64, Launch(     16,     64,     4,      2)),
+    Row(              80,   2,   80, Launch(     16,     32,     8,      1)),
+    Row(              80,   2,  128, Launch(     32,     32,     4,      2)),
+    Row(              80,   2,  256, Launch(     16,     16,     8,      2)),
+    Row(              80,   4,   64, Launch(     16,     32,     4,      1), plain=True),
+    Row(              80,   4,   64, Launch(     16,     32,     8,      1)),
+    Row(              80,   4,  128, Launch(     16,     32,     8,      1), "ieee"),
+    Row(              80,   4,  256, Launch(     16,     16,     8,      1), "ieee"),
 )
 
 BACKWARD_DQ = (
     Row(              90,   2,   48, Launch(    128,     64,     8,      2), tma=True),
-    Row(              90,   2,   48, Launch(     64,     64,     4,      2), spills=8, tma=True),
+    Row(              90,   2,   48, Launch(     64,     64,     4,      2), tma=True),
     Row(              90,   2,   64, Launch(    128,    128,     8,      2), tma=True),
     Row(              90,   2,   64, Launch(    128,     64,     8,      2), tma=True),
     Row(              90,   2,   64, Launch(     64,     64,     4,      2), tma=True),
+    Row(              90,   2,   80, Launch(    128,     64,     8,      2), tma=True),
+    Row(              90,   2,   80, Launch(     64,     32,     4,      2), tma=True),
     Row(              90,   2,   96, Launch(    128,     64,     8,      2), tma=True),
-    Row(              90,   2,   96, Launch(     64,     64,     8,      2), spills=8, tma=True),
+    Row(              90,   2,   96, Launch(     64,     64,     8,      2), tma=True),
     Row(              90,   2,  128, Launch(    128,     64,     8,      2), tma=True),
-    Row(              90,   2,  128, Launch(     64,     64,     4,      2), spills=8, tma=True),
-    Row(              90,   2,  256, Launch(     64,     32,     8,      2), spills=8, tma=True),
+    Row(              90,   2,  128, Launch(     64,     64,     4,      2), tma=True),
+    Row(              90,   2,  256, Launch(     64,     32,     8,      2), plain=True, tma=True),
+    Row(              90,   2,  256, Launch(     64,     16,     8,      2), tma=True),
     Row(              90,   4,   64, Launch(     64,     32,     4,      1)),
-    Row(              90,   4,  128, Launch(     32,     32,     8,      1), "ieee", 8),
-    Row(              90,   4,  256, Launch(     32,     16,     8,      2), "ieee", 8),
-    Row(              80,   2,   64, Launch(     64,     32,     4,      2), spills=8),
-    Row(              80,   2,  128, Launch(     32,     32,     4,      2), spills=16),
-    Row(              80,   2,  256, Launch(     32,     32,     8,      2), spills=8),
-    Row(              80,   4,   64, Launch(     32,     32,     8,      1), spills=24),
-    Row(              80,   4,  128, Launch(     32,     16,     8,      1), "ieee", 8),
-    Row(              80,   4,  256, Launch(     16,     16,     8,      1), "ieee", 8),
+    Row(              90,   4,  128, Launch(     32,     32,     8,      1), "ieee"),
+    Row(              90,   4,  256, Launch(     32,     16,     8,      2), "ieee"),
+    Row(              80,   2,   64, Launch(     64,     32,     4,      2)),
+    Row(              80,   2,   80, Launch(     16,     32,     8,      2)),
+    Row(              80,   2,  128, Launch(     32,     32,     4,      2)),
+    Row(              80,   2,  256, Launch(     32,     32,     8,      2)),
+    Row(              80,   4,   64, Launch(     32,     32,     8,      1)),
+    Row(              80,   4,  128, Launch(     32,     16,     8,      1), "ieee"),
+    Row(              80,   4,  256, Launch(     16,     16,     8,      1), "ieee"),
 )
 # fmt: on
 
@@ -125,8 +139,13 @@ def pick(
     itemsize: int,
     head_dim: int,
     block_size: tuple[int, int] = (MAX_TILE, MAX_TILE),
+    *,
+    loaded: bool = False,
 ) -> Row:
-    """Return the first row whose tiles divide the blocks, else the last, whose tiles are cut."""
+    """Return the first row whose tiles divide the blocks, else the last, whose tiles are cut.
+
+    loaded: whether there is a bias or a gate.
+    """
     kind = (generation(capability), itemsize)
     rows = [r for r in table if (r.capability, r.itemsize) == kind and head_dim <= r.head_dim]
     if not rows:
@@ -134,7 +153,7 @@ def pick(
             f"block_attention: no launch row for capability {capability}, {itemsize} bytes, "
             f"head dim {head_dim}"
         )
-    rows = [row for row in rows if row.head_dim == rows[0].head_dim]
+    rows = [r for r in rows if r.head_dim == rows[0].head_dim and not (r.plain and loaded)]
     for row in rows:
         if not (block_size[0] % row.launch.tile_q or block_size[1] % row.launch.tile_k):
             return row

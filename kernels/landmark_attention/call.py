@@ -48,7 +48,7 @@ class Call:
     ) -> Call:
         """Bring inputs to unit column stride and, in the interpreter, out of bfloat16."""
         q, k, v = (raised(t) for t in (q, k, v))
-        d0, d1 = launching.split_head_dim(q.shape[3])
+        d0, d1 = launching.split_head_dim(q.shape[3], q.element_size())
         heads = q.shape[1] if stage == 2 else v.shape[1]
         flags = {
             "STAGE": stage,

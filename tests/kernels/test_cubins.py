@@ -48,7 +48,6 @@ class Row(NamedTuple):
     tile: int
     num_warps: int
     num_stages: int
-    spills: int = 0
 
 TABLE = ({row},)
 """
@@ -76,7 +75,7 @@ BROKEN = {  # what is changed, and what the gate must say
         {"product": "{'M': 512, 'K': 256, 'num_warps': 4, 'num_stages': 3}"},
         "bytes of shared memory, 232448 at most",
     ),
-    "spill": ({"sum": "{'N': 16384, 'num_warps': 1}"}, "spills, 0 allowed"),
+    "spill": ({"sum": "{'N': 16384, 'num_warps': 1}"}, "spills, 8 at most"),
     "spill of a second launch": (
         {"sum": "{'N': 256, 'num_warps': 1}, {'N': 16384, 'num_warps': 1}"},
         "sum_kernel fp32: 255 registers",
@@ -139,6 +138,17 @@ def test_broken_kernels_fail(tmp_path: Path) -> None:
         assert said in done.stdout, f"{name}: {done.stdout}"
     # of each family one launch is broken, and one is not; two families only lack a case
     assert "10 launches fit, 7 do not; 2 missing" in done.stdout
+
+
+def test_a_spill_counts_where_it_repeats() -> None:
+    once = ["STL [R1+0x4], R4"] * 8
+    outer = ["LDL R4, [R1+0x4]", "FADD R3, R3, R4", "@!P0 BRA 0x90", "@P1 BRA 0x80"]
+    program = lines(*once, *outer, "LDL R4, [R1+0x4]", "@P1 BRA 0xc0", "EXIT")
+    assert [loop.head for loop in sass.loops(program)] == [8, 9, 12]
+    assert sass.spills_in_loops(program) == 1
+    assert sass.spills_in_loops(lines(*once, "LDL R4, [R1+0x4]", "EXIT")) == 0
+    inner = lines("LDL R4, [R1+0x4]", "STL [R1+0x4], R4", "@!P0 BRA 0x0", "EXIT")
+    assert sass.spills_in_loops(inner) == 2
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from cubins.account import UNITS
 def record(inputs: str = "bf16 D 64", row: str = "128 x 64", **changed: object) -> dict:
     made = {
         "kernel": "sum_kernel", "capability": 90, "row": row, "row_id": row, "inputs": inputs,
-        "allowed": 8, "registers": 200, "shared": 4096, "blocks": 2, "spills": 0,
+        "registers": 200, "shared": 4096, "blocks": 2, "spills": 0,
         "counts": dict.fromkeys(table.COUNTED, 7), "cycles": dict.fromkeys(UNITS, 3.2),
         "limit": "exp", "share": 0.5, "alone": 0.25, "faults": [],
     }  # fmt: skip
@@ -35,7 +35,7 @@ def test_a_line_is_a_row_with_its_first_inputs() -> None:
     old = stored(record(registers=190), loaded, triton="3.6.0")
     first, second = lines(table.page(pinned, old))
     assert first[:6] == ["90", "bf16 D 64", "128 x 64", "200", "4096", "2"]
-    assert first[6:14] == ["7"] * 7 + ["5 of 8"]
+    assert first[6:14] == ["7"] * 7 + ["5"]
     assert first[14:] == ["3"] * 6 + ["exp", "50% to 25%", "190 registers"]
     assert second[2] == "64 x 64"
     assert second[-1] == "not compiled"

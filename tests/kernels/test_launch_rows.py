@@ -40,6 +40,11 @@ def test_head_dims_are_split_where_that_wastes_less(head_dim: int, chunks: tuple
     assert head_dim <= sum(chunks) <= 2 * head_dim
 
 
+@pytest.mark.parametrize(("head_dim", "chunks"), [(40, (64, 0)), (64, (64, 0)), (72, (64, 16))])
+def test_narrow_float32_is_not_split(head_dim: int, chunks: tuple[int, int]) -> None:
+    assert launch.split_head_dim(head_dim, itemsize=4) == chunks
+
+
 @pytest.mark.parametrize(("tile", "block", "fits"), [(128, 64, 64), (64, 256, 64), (64, 48, 16)])
 def test_tiles_divide_blocks(tile: int, block: int, fits: int) -> None:
     assert launch.fit_tile(tile, block) == fits
