@@ -148,7 +148,8 @@ class Call:
             capability = 10 * major + minor
         loaded = self.flags["HAS_BIAS"] or self.flags["HAS_GATE"]
         kind = (capability, q.element_size(), q.shape[3])
-        row = tuning.pick(table, *kind, self.block_size, loaded=loaded)
+        partial = self.flags["HAS_PARTIAL"]
+        row = tuning.pick(table, *kind, self.block_size, loaded=loaded, partial=partial)
         launch = row.launch._replace(
             tile_q=launching.fit_tile(row.launch.tile_q, self.block_size[0]),
             tile_k=launching.fit_tile(row.launch.tile_k, self.block_size[1]),

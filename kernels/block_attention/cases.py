@@ -68,8 +68,9 @@ def _served(
 ) -> tuple[int, int] | None:
     """Return the first blocks with which such inputs get the row; None if there are none."""
     kind = (capability, form.dtype.itemsize, form.head_dim)
+    features = {"loaded": form.loaded, "partial": form.loaded or form.partial}
     for block_size in BLOCKS:
-        if tuning.pick(table, *kind, block_size, loaded=form.loaded) == row:
+        if tuning.pick(table, *kind, block_size, **features) == row:
             return block_size
     return None
 
