@@ -15,14 +15,12 @@ class SelectRow(NamedTuple):
     """Rows of scores of at most `num_ids` blocks, or longer ones where it is None.
 
     chunk: blocks that a program holds at a time; a row of at most so many is read once.
-    spills: register spills that a compiled row may have; one address on capability 10.0.
     """
 
     num_ids: int | None
     chunk: int
     num_warps: int
     num_stages: int
-    spills: int = 0
 
 
 class PoolRow(NamedTuple):
@@ -38,7 +36,7 @@ class PoolRow(NamedTuple):
 #             num_ids  chunk  warps  stages
 SELECT = (
     SelectRow(   1024,  1024,     4,      1),
-    SelectRow(   None,  2048,     8,      2, spills=1),
+    SelectRow(   None,  2048,     8,      2),
 )
 
 #              D  tile  warps  stages

@@ -26,7 +26,6 @@ class Row(NamedTuple):
 
     float32: how float32 products are made where TF32 is not allowed: "tf32x3", three TF32 products
         on tensor cores, or "ieee", plain arithmetic.
-    spills: register spills that a compiled row may have, over all head dims and features it serves.
     """
 
     capability: int
@@ -34,7 +33,6 @@ class Row(NamedTuple):
     head_dim: int
     launch: Launch
     float32: str = "tf32x3"
-    spills: int = 0
 
 
 # table -> capability of its rows -> GPU, versions and date of the measurement; absent: unmeasured
@@ -54,13 +52,13 @@ SUMS = (  # parts of S and z, and of their gradients
 )
 
 ROWS = (  # o, dq, and dk with dv: tokens that read S or its gradient
-    Row(              90,   2,   64, Launch(   64,     4,      1), spills=5),
-    Row(              90,   2,  128, Launch(   64,     8,      1), spills=41),
-    Row(              90,   4,   64, Launch(   64,     8,      1), spills=32),
+    Row(              90,   2,   64, Launch(   64,     4,      1)),
+    Row(              90,   2,  128, Launch(   32,     8,      1)),
+    Row(              90,   4,   64, Launch(   64,     8,      1,  32)),
     Row(              90,   4,  128, Launch(   16,     8,      1,  32)),
-    Row(              80,   2,   64, Launch(   64,     8,      1), spills=4),
+    Row(              80,   2,   64, Launch(   64,     8,      1)),
     Row(              80,   2,  128, Launch(   32,     8,      1,  64)),
-    Row(              80,   4,   64, Launch(   32,     8,      1), spills=2),
+    Row(              80,   4,   64, Launch(   32,     8,      1)),
     Row(              80,   4,  128, Launch(   16,     8,      1,  32)),
 )
 # fmt: on
