@@ -20,8 +20,7 @@ MATRIX_TABLES = {
     "newton_schulz_fwd_kernel": tuning.NEWTON_SCHULZ_FORWARD,
     "newton_schulz_bwd_kernel": tuning.NEWTON_SCHULZ_BACKWARD,
 }
-# beside the power of two of each row, a head dim that is held in two chunks
-SPLIT_DIMS = {64: 40, 128: 72}
+SPLIT_DIMS = (40, 72)  # head dims that two chunks may hold
 
 
 class Form(NamedTuple):
@@ -37,7 +36,7 @@ class Form(NamedTuple):
 
 
 def cases(capability: int) -> Iterator[Case]:
-    """Every row of such a GPU, in both stages: plain, loaded, relu, few or projected keys."""
+    """Every row of such a GPU in both stages, and the features of the kernels."""
     for kernel, table in TABLES.items():
         for row in table:
             if tuning.pick(table, capability, row.itemsize, row.head_dim) != row:
@@ -51,13 +50,14 @@ def cases(capability: int) -> Iterator[Case]:
                 ", other stage": plain._replace(stage=3 - first, loaded=first == 2),
                 ", loaded": plain._replace(loaded=True),
                 ", relu": plain._replace(stage=2, is_relu=True),
-                ", 16 landmarks": plain._replace(stage=2, landmarks=16),
+                ", one tile": plain._replace(stage=2, landmarks=row.launch.tile_k),
                 ", projected keys": plain._replace(stage=2, projected=True),
             }
             for inputs, form in forms.items():
                 yield _case(kernel, row, inputs, form)
-            split = plain._replace(head_dim=SPLIT_DIMS[row.head_dim])
-            yield _case(kernel, row, "", split)
+            for head_dim in SPLIT_DIMS:
+                if tuning.pick(table, capability, row.itemsize, head_dim) == row:
+                    yield _case(kernel, row, "", plain._replace(head_dim=head_dim))
     for kernel, rows in MATRIX_TABLES.items():
         yield from _matrix_cases(kernel, tuning.pick_matrix(rows, capability))
     for head_dim in (64, 128):

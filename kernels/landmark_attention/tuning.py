@@ -17,7 +17,6 @@ class Row(NamedTuple):
 
     float32: how float32 products are made where TF32 is not allowed: "tf32x3", three TF32 products
         on tensor cores, or "ieee", plain arithmetic.
-    spills: register spills that a compiled row may have, over all head dims and features it serves.
     """
 
     capability: int
@@ -25,7 +24,6 @@ class Row(NamedTuple):
     head_dim: int
     launch: Launch
     float32: str = "tf32x3"
-    spills: int = 0
 
 
 class MatrixRow(NamedTuple):
@@ -34,7 +32,6 @@ class MatrixRow(NamedTuple):
     capability: int
     launch: Launch
     float32: str = "tf32x3"
-    spills: int = 0
 
 
 # table -> capability of its rows -> GPU, versions and date of the measurement; absent: unmeasured
@@ -44,46 +41,50 @@ MEASURED: dict[str, dict[int, str]] = {}
 #                    cap  bytes  D           tile_q  tile_k  warps  stages
 FORWARD = (
     Row(              90,   2,   64, Launch(    128,     64,     8,      3)),
-    Row(              90,   2,  128, Launch(    128,     64,     8,      2)),
-    Row(              90,   4,   64, Launch(     64,     32,     4,      2), spills=8),
-    Row(              90,   4,  128, Launch(     32,     16,     8,      2), "ieee", 8),
-    Row(              80,   2,   64, Launch(     64,     64,     4,      2)),
+    Row(              90,   2,  128, Launch(    128,     32,     8,      2)),
+    Row(              90,   4,   64, Launch(     64,     32,     8,      2)),
+    Row(              90,   4,  128, Launch(     32,     16,     8,      1), "ieee"),
+    Row(              80,   2,   64, Launch(     64,     64,     8,      2)),
     Row(              80,   2,  128, Launch(     64,     32,     4,      2)),
-    Row(              80,   4,   64, Launch(     32,     32,     4,      2)),
+    Row(              80,   4,   64, Launch(     32,     32,     8,      2)),
     Row(              80,   4,  128, Launch(     32,     16,     8,      2), "ieee"),
 )
 
 BACKWARD_DQ = (
     Row(              90,   2,   64, Launch(     64,     64,     4,      2)),
+    Row(              90,   2,   80, Launch(     64,     32,     8,      2)),
     Row(              90,   2,  128, Launch(     64,     64,     8,      2)),
+    Row(              90,   4,   48, Launch(     32,     32,     4,      1)),
     Row(              90,   4,   64, Launch(     64,     32,     4,      1)),
     Row(              90,   4,  128, Launch(     16,     16,     8,      1), "ieee"),
     Row(              80,   2,   64, Launch(     64,     32,     4,      2)),
+    Row(              80,   2,   80, Launch(     32,     32,     8,      2)),
     Row(              80,   2,  128, Launch(     32,     32,     4,      2)),
-    Row(              80,   4,   64, Launch(     32,     32,     8,      1), spills=16),
+    Row(              80,   4,   64, Launch(     32,     16,     8,      1)),
     Row(              80,   4,  128, Launch(     16,     16,     8,      1), "ieee"),
 )
 
 BACKWARD_DKV = (
     Row(              90,   2,   64, Launch(     64,     64,     8,      2)),
     Row(              90,   2,  128, Launch(     32,     64,     8,      2)),
-    Row(              90,   4,   64, Launch(     16,     32,     4,      2), spills=8),
-    Row(              90,   4,  128, Launch(     16,     16,     8,      1), "ieee", 8),
-    Row(              80,   2,   64, Launch(     32,     64,     4,      2)),
+    Row(              90,   4,   64, Launch(     16,     32,     4,      2)),
+    Row(              90,   4,  128, Launch(     16,     16,     8,      1), "ieee"),
+    Row(              80,   2,   64, Launch(     16,     64,     4,      2)),
+    Row(              80,   2,   80, Launch(     16,     32,     8,      1)),
     Row(              80,   2,  128, Launch(     32,     32,     4,      2)),
-    Row(              80,   4,   64, Launch(     16,     32,     4,      1), spills=8),
-    Row(              80,   4,  128, Launch(     16,     16,     8,      1), "ieee", 8),
+    Row(              80,   4,   64, Launch(     16,     32,     4,      1)),
+    Row(              80,   4,  128, Launch(     16,     16,     8,      1), "ieee"),
 )
 
 #                    cap           tile    same  warps  stages
 NEWTON_SCHULZ_FORWARD = (
-    MatrixRow(        90, Launch(    64,     64,     8,      1), spills=16),
+    MatrixRow(        90, Launch(    32,     32,     8,      1)),
     MatrixRow(        80, Launch(    32,     32,     4,      1)),
 )
 
 NEWTON_SCHULZ_BACKWARD = (
-    MatrixRow(        90, Launch(    64,     64,     8,      1), spills=48),
-    MatrixRow(        80, Launch(    32,     32,     4,      1), spills=16),
+    MatrixRow(        90, Launch(    32,     32,     8,      1)),
+    MatrixRow(        80, Launch(    32,     32,     8,      1)),
 )
 # fmt: on
 
