@@ -6,7 +6,6 @@ Windows inside a patch read it in place; others read a copy of it with the halo 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -54,14 +53,12 @@ def forward(x: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
     sides = list(zip(pool.padding, pool.patch, after, strict=True))
     for rows in _chunks(x, sides):
         blocks = _blocks(x, pool, rows, sides, -torch.inf if pool.is_max else 0.0)
-        parts = (
-            blocks[:, a :: pool.stride[0], b :: pool.stride[1], c :: pool.stride[2]]
+        (sx, sy, sz), (qx, qy, qz) = pool.stride, pool.pooled
+        parts = [
+            blocks[:, a::sx, b::sy, c::sz][:, :qx, :qy, :qz]
             for a, b, c in itertools.product(*map(range, pool.kernel))
-        )
-        qx, qy, qz = pool.pooled
-        parts = (part[:, :qx, :qy, :qz] for part in parts)
+        ]
         if pool.is_max:
-            taps[rows] = -1 if any(pool.padding) else 0  # what -inf everywhere leaves
             _maximum(parts, y[rows], taps[rows])
         else:
             total = torch.zeros(y[rows].shape, dtype=accumulate_dtype(x.dtype), device=x.device)
@@ -107,13 +104,16 @@ def _step(tap: int, stride: int, padding: int) -> tuple[int, int]:
     return first, (first + padding - tap) // stride
 
 
-def _maximum(parts: Iterator[Tensor], y: Tensor, taps: Tensor) -> None:
+def _maximum(parts: list[Tensor], y: Tensor, taps: Tensor) -> None:
     """Write the maximum over parts and its first place, as torch does: NaN is above all."""
-    y.fill_(-torch.inf)
-    for tap, part in enumerate(parts):
-        better = (part > y) | part.isnan()
-        y.copy_(torch.where(better, part, y))
-        taps.masked_fill_(better, tap)
+    y.copy_(parts[0])
+    for part in parts[1:]:
+        torch.maximum(y, part, out=y)
+    for tap in reversed(range(len(parts))):
+        taps.masked_fill_(parts[tap] == y, tap)
+    if bool(y.isnan().any()):  # which equals nothing; torch takes the last
+        for tap, part in enumerate(parts):
+            taps.masked_fill_(part.isnan(), tap)
 
 
 def _shares(pool: Pool, rows: slice, dtype: torch.dtype) -> Tensor | float:
