@@ -6,10 +6,28 @@ except ImportError as error:
     raise ImportError('models need huggingface_hub; pip install "sparseattn[train]"') from error
 
 from sparseattn.models.keep_rule import KeepRule
+from sparseattn.models.miram import (
+    MIRAM,
+    MIRAMConfig,
+    MIRAMOutput,
+    MIRAMReconstruction,
+)
+from sparseattn.models.miram_classifier import MIRAMClassifier, MIRAMClassifierOutput
 from sparseattn.models.sparseattnnet import (
     SparseAttnNet,
     SparseAttnNetConfig,
     SparseAttnNetOutput,
 )
 
-__all__ = ["KeepRule", "SparseAttnNet", "SparseAttnNetConfig", "SparseAttnNetOutput"]
+__all__ = [
+    "MIRAM",
+    "KeepRule",
+    "MIRAMClassifier",
+    "MIRAMClassifierOutput",
+    "MIRAMConfig",
+    "MIRAMOutput",
+    "MIRAMReconstruction",
+    "SparseAttnNet",
+    "SparseAttnNetConfig",
+    "SparseAttnNetOutput",
+]
