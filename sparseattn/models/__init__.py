@@ -18,6 +18,16 @@ from sparseattn.models.sparseattnnet import (
     SparseAttnNetConfig,
     SparseAttnNetOutput,
 )
+from sparseattn.models.sparsecontrast import (
+    SparseContrast,
+    SparseContrastClassifier,
+    SparseContrastClassifierOutput,
+    SparseContrastConfig,
+    SparseContrastOutput,
+    info_nce,
+    nt_xent,
+)
+from sparseattn.models.views import two_views
 
 __all__ = [
     "MIRAM",
@@ -30,4 +40,12 @@ __all__ = [
     "SparseAttnNet",
     "SparseAttnNetConfig",
     "SparseAttnNetOutput",
+    "SparseContrast",
+    "SparseContrastClassifier",
+    "SparseContrastClassifierOutput",
+    "SparseContrastConfig",
+    "SparseContrastOutput",
+    "info_nce",
+    "nt_xent",
+    "two_views",
 ]
