@@ -5,6 +5,13 @@ try:
 except ImportError as error:
     raise ImportError('models need huggingface_hub; pip install "sparseattn[train]"') from error
 
+from sparseattn.models.hyspark import (
+    HySparK,
+    HySparKConfig,
+    HySparKOutput,
+    HySparKReconstruction,
+)
+from sparseattn.models.hyspark_segmenter import HySparKSegmenter, HySparKSegmenterOutput
 from sparseattn.models.keep_rule import KeepRule
 from sparseattn.models.miram import (
     MIRAM,
@@ -31,6 +38,12 @@ from sparseattn.models.views import two_views
 
 __all__ = [
     "MIRAM",
+    "HySparK",
+    "HySparKConfig",
+    "HySparKOutput",
+    "HySparKReconstruction",
+    "HySparKSegmenter",
+    "HySparKSegmenterOutput",
     "KeepRule",
     "MIRAMClassifier",
     "MIRAMClassifierOutput",
