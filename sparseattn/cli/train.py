@@ -8,7 +8,7 @@ from typing import Any
 
 from sparseattn.cli.extras import explain_missing
 from sparseattn.data.chest import LAYOUTS
-from sparseattn.data.samples import SAMPLES
+from sparseattn.data.samples import SAMPLES, UNLABELLED
 from sparseattn.training.options import TrainOptions, parse_changes
 from sparseattn.training.recipe import RECIPES, recipe_type
 
@@ -74,7 +74,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         default = field.default
         kind: Any = str if default in (MISSING, None) else type(default)
         text = HELP[field.name].format(
-            samples=", ".join(SAMPLES), layouts=", ".join(sorted(LAYOUTS))
+            samples=", ".join((*SAMPLES, *UNLABELLED)), layouts=", ".join(sorted(LAYOUTS))
         )
         if kind is bool:
             parser.add_argument(

@@ -63,6 +63,32 @@ def nuclei(seed: int = 0) -> Split:
     )
 
 
+def radiographs(seed: int = 0, side: int = 64) -> Split:
+    """Crops of `side` x `side` pixels of the two radiographs of pydicom-data, without labels.
+
+    Chest and hand or foot, each cut to its square and averaged to 512 x 512. The right quarter of
+    each is for testing; crops overlap by half and none reaches across. `seed` is not used.
+    """
+    from sparseattn.data.dicom import load_radiograph, sample_radiograph_path, to_square
+
+    chest = sample_radiograph_path()
+    train: list[Tensor] = []
+    test: list[Tensor] = []
+    for path in (chest, chest.with_name("RG3_UNCR.dcm")):
+        pixels = to_square(load_radiograph(path).pixels, 512).clamp(0, 1)
+        for part, found in ((pixels[:, :384], train), (pixels[:, 384:], test)):
+            if side > part.shape[1]:
+                raise ValueError(f"radiographs: side is {side}; expected at most {part.shape[1]}")
+            step = max(1, side // 2)
+            found.append(part.unfold(0, side, step).unfold(1, side, step).flatten(0, 1))
+    return Split(
+        Examples(images=torch.cat(train)[:, None]),
+        Examples(images=torch.cat(test)[:, None]),
+        f"crops of the two radiographs of pydicom-data, {side} x {side} pixels, left three "
+        "quarters to train",
+    )
+
+
 def nuclei_picture() -> tuple[Tensor, Tensor]:
     """Return stardist's picture float32 [512, 512], spanning [0, 1], and its mask int [512, 512].
 
@@ -97,6 +123,25 @@ def brain() -> dict[str, Volume]:
         name: load_volume(package_file("nilearn", stem.format(part)))
         for name, part in names.items()
     }
+
+
+def brain_blocks(seed: int = 0, side: int = 32) -> Split:
+    """Blocks of the MNI average brain, `side` voxels of 1 mm wide, without labels.
+
+    Blocks do not overlap; those with less than a tenth of brain are left out. One half of the brain
+    is for training and the other for testing. As it is one average of many brains, the halves are
+    nearly mirror images: results say nothing about other brains. `seed` is not used.
+    """
+    whole = brain()["t1"].voxels / 255
+    middle = whole.shape[0] // 2
+    parts = []
+    for half in (whole[:middle], whole[middle:]):
+        blocks = half.unfold(0, side, side).unfold(1, side, side).unfold(2, side, side)
+        blocks = blocks.reshape(-1, 1, side, side, side)
+        parts.append(blocks[(blocks > 0).float().mean((1, 2, 3, 4)) >= 0.1])
+    train, test = (Examples(images=part) for part in parts)
+    about = f"blocks of {side}^3 voxels of nilearn's MNI brain, one half of it to train"
+    return Split(train, test, about)
 
 
 def _crops(picture: Tensor, mask: Tensor, generator: torch.Generator) -> Examples:
@@ -142,3 +187,7 @@ def _need(module: str, package: str) -> None:
 
 
 SAMPLES: dict[str, Callable[[int], Split]] = {"digits": digits, "nuclei": nuclei}
+UNLABELLED: dict[str, Callable[[int], Split]] = {
+    "radiographs": radiographs,
+    "brain": brain_blocks,
+}

@@ -8,6 +8,7 @@ chexpert, nih, rsna, siim, mimic-cxr
              pictures and a table (`sparseattn.data.chest`); one finding, the target, is told
 """
 
+import dataclasses
 import functools
 import math
 from pathlib import Path
@@ -21,8 +22,8 @@ from sparseattn.data.chest import LAYOUTS, Uncertain
 from sparseattn.data.images import DICOM, PICTURES, load_image, resize
 from sparseattn.data.problems import DataError, OnError, Problems
 from sparseattn.data.records import Record
-from sparseattn.data.samples import SAMPLES
-from sparseattn.data.split import Example, Split
+from sparseattn.data.samples import SAMPLES, UNLABELLED
+from sparseattn.data.split import Example, Split, count
 
 TEST_SHARE = 0.2  # of the groups, where the folder does not say
 _Labelled = tuple[Record, int]
@@ -88,6 +89,32 @@ def image_classes(
     train, test = (Pictures(part, size, channels) for part in parts)
     about = f"pictures of {folder.name} ({layout}), {size} x {size} pixels"
     return Split(train, test, about, classes, channels, problems)
+
+
+def images_alone(source: str, *, seed: int = 0, **options: Any) -> Split:
+    """Return images without labels: a sample that has none, or what ``image_classes`` returns.
+
+    Raises:
+        DataError, ValueError: as ``image_classes``.
+    """
+    if source in UNLABELLED:
+        return UNLABELLED[source](seed)
+    found = image_classes(source, seed=seed, **options)
+    train, test = _WithoutLabels(found.train), _WithoutLabels(found.test)
+    return dataclasses.replace(found, train=train, test=test, classes=())
+
+
+class _WithoutLabels(Dataset[Example]):
+    """Examples of which the images alone are shown."""
+
+    def __init__(self, examples: Dataset[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return count(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return {"images": self.examples[index]["images"]}
 
 
 class Pictures(Dataset[Example]):

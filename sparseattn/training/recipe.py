@@ -82,7 +82,10 @@ class Recipe(ABC):
 
 
 RECIPES = {  # name: module and class, imported when it is asked for
+    "hyspark": ("sparseattn.training.recipes.hyspark", "HySparKRecipe"),
+    "miram": ("sparseattn.training.recipes.miram", "MIRAMRecipe"),
     "sparseattnnet": ("sparseattn.training.recipes.sparseattnnet", "SparseAttnNetRecipe"),
+    "sparsecontrast": ("sparseattn.training.recipes.sparsecontrast", "SparseContrastRecipe"),
 }
 
 
@@ -99,3 +102,9 @@ def recipe_type(name: str) -> type[Recipe]:
     module, attribute = RECIPES[name]
     found: type[Recipe] = getattr(importlib.import_module(module), attribute)
     return found
+
+
+def data_options(options: TrainOptions) -> dict[str, Any]:
+    """Return what ``image_classes`` takes besides the source."""
+    names = ("seed", "layout", "table", "target", "uncertain", "on_error", "check")
+    return {"size": options.image_size, **{name: getattr(options, name) for name in names}}

@@ -89,6 +89,31 @@ def images_picture(
     return png_of(figure)
 
 
+def rows_picture(rows: Mapping[str, Tensor]) -> bytes:
+    """Rows of grey images [B, H, W] in [0, 1], each row with its name; PNG."""
+    columns = len(next(iter(rows.values())))
+    figure, axes = figure_of(len(rows) * columns, columns=columns, width=1.4 * columns)
+    for i, (name, images) in enumerate(rows.items()):
+        for j, image in enumerate(images.float().cpu()):
+            one = axes[i * columns + j]
+            one.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
+            one.set_xticks([])
+            one.set_yticks([])
+            if j == 0:
+                one.set_ylabel(name, fontsize="small")
+    return png_of(figure)
+
+
+def planes_picture(volumes: Mapping[str, Tensor]) -> bytes:
+    """Volumes [S, S, S] in [0, 1], a row each with its name: the middle slices of its axes; PNG."""
+    return rows_picture(
+        {
+            name: torch.stack([volume.select(axis, volume.shape[axis] // 2) for axis in range(3)])
+            for name, volume in volumes.items()
+        }
+    )
+
+
 def matrix_picture(values: Tensor, x_label: str, y_label: str) -> bytes:
     """A matrix as a heat map with its scale; PNG."""
     figure, (axes,) = figure_of(1, width=4.4, height=4.0)

@@ -3,8 +3,17 @@
 import pytest
 import torch
 
-from sparseattn.data.samples import CROP, brain, cell, digits, nuclei, nuclei_picture, package_file
-from sparseattn.data.sources import image_classes
+from sparseattn.data.samples import (
+    CROP,
+    brain,
+    cell,
+    digits,
+    nuclei,
+    nuclei_picture,
+    package_file,
+    radiographs,
+)
+from sparseattn.data.sources import image_classes, images_alone
 from sparseattn.data.split import Examples, count
 
 
@@ -58,3 +67,33 @@ def test_an_unknown_source_is_named() -> None:
 def test_columns_have_one_length() -> None:
     with pytest.raises(ValueError, match="columns have lengths"):
         Examples(images=torch.zeros(3, 1), labels=torch.zeros(2))
+
+
+def test_radiographs() -> None:
+    pytest.importorskip("pydicom", reason='needs pip install "sparseattn[samples]"')
+    split = images_alone("radiographs")
+    train, test = (data.columns["images"] for data in (split.train, split.test))
+    assert train.shape == (2 * 15 * 11, 1, 64, 64) and test.shape == (2 * 15 * 3, 1, 64, 64)
+    assert "labels" not in split.train.columns and train.min() >= 0 and train.max() <= 1
+    assert train[:165].mean() != train[165:].mean()  # chest, and the other
+    with pytest.raises(ValueError, match="side is 200; expected at most 128"):
+        radiographs(side=200)
+
+
+def test_labels_can_be_left_out() -> None:
+    pytest.importorskip("sklearn", reason='needs pip install "sparseattn[samples]"')
+    split = images_alone("digits")
+    assert set(split.test[0]) == {"images"} and not split.classes and count(split.test) == 450
+    assert torch.equal(split.train[7]["images"], digits().train[7]["images"])
+    with pytest.raises(ValueError, match="source is 'faces'"):
+        images_alone("faces")
+
+
+def test_brain_blocks() -> None:
+    pytest.importorskip("nibabel", reason='needs pip install "sparseattn[train]"')
+    split = images_alone("brain")
+    for data in (split.train, split.test):
+        blocks = data.columns["images"]
+        assert len(blocks) > 30 and blocks.shape[1:] == (1, 32, 32, 32)
+        assert blocks.min() >= 0 and 0.5 < blocks.max() <= 1
+        assert ((blocks > 0).float().mean((1, 2, 3, 4)) >= 0.1).all()

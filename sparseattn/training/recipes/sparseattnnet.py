@@ -15,7 +15,7 @@ from sparseattn.models.keep_rule import KeepRule
 from sparseattn.models.sparseattnnet import SparseAttnNet, SparseAttnNetConfig
 from sparseattn.training.metrics import classification_metrics
 from sparseattn.training.options import TrainOptions
-from sparseattn.training.recipe import History, Recipe
+from sparseattn.training.recipe import History, Recipe, data_options
 from sparseattn.viz.report import Picture
 from sparseattn.viz.run_page import curves_picture, images_picture
 
@@ -46,17 +46,7 @@ class SparseAttnNetRecipe(Recipe):
     @classmethod
     def load(cls, options: TrainOptions) -> Split:
         """Return images and labels."""
-        return image_classes(
-            options.data,
-            seed=options.seed,
-            layout=options.layout,
-            table=options.table,
-            target=options.target,
-            uncertain=options.uncertain,
-            size=options.image_size,
-            on_error=options.on_error,
-            check=options.check,
-        )
+        return image_classes(options.data, **data_options(options))
 
     @classmethod
     def configure(cls, split: Split, changes: Mapping[str, Any]) -> SparseAttnNetConfig:
