@@ -77,8 +77,8 @@ BACKWARD_DW = (
 
 # unmeasured cap  bytes  columns  tile_m  tile_n  warps  stages
 DEPTHWISE = (
-    DepthwiseRow(90,  2,      32,      64,     32,     4,     3),
-    DepthwiseRow(90,  2,     ANY,      32,     64,     4,     3),
+    DepthwiseRow(90,  2,      32,      64,     32,     4,     3, spills=1),
+    DepthwiseRow(90,  2,     ANY,      32,     64,     4,     3, spills=1),
     DepthwiseRow(90,  4,      32,      64,     32,     4,     3),
     DepthwiseRow(90,  4,     ANY,      32,     64,     4,     3),
     DepthwiseRow(80,  2,      32,      64,     32,     4,     3),
