@@ -84,6 +84,15 @@ def seeded(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(seed)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For many small steps: on busy cores two threads wait for each other at each of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fill new memory: NaN for floats, the largest value for integers, True for bools.

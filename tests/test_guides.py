@@ -32,3 +32,9 @@ def test_a_layer_attends() -> None:
 @pytest.mark.parametrize("program", programs_in("docs/layers.md"))
 def test_programs_of_the_layers_page_run(program: str) -> None:
     run(program, "docs/layers.md")
+
+
+def test_an_adaptor_trains_with_encoders_of_ones_own() -> None:
+    (program,) = programs_in("docs/models.md")
+    model = run(program, "docs/models.md")["model"]
+    assert model.trainable_share() < 0.1 and model.log_scale.grad is not None

@@ -10,9 +10,9 @@ import argparse
 from collections.abc import Sequence
 
 from sparseattn import __version__
-from sparseattn.cli import bench, demo, explain, info, train
+from sparseattn.cli import bench, demo, explain, info, train, validate
 
-COMMANDS = (bench, demo, explain, info, train)
+COMMANDS = (bench, demo, explain, info, train, validate)
 
 
 def build_parser() -> argparse.ArgumentParser:

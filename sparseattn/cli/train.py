@@ -74,7 +74,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         default = field.default
         kind: Any = str if default in (MISSING, None) else type(default)
         text = HELP[field.name].format(
-            samples=", ".join((*SAMPLES, *UNLABELLED)), layouts=", ".join(sorted(LAYOUTS))
+            samples=", ".join((*SAMPLES, *UNLABELLED, "numbers")),
+            layouts=", ".join(sorted(LAYOUTS)),
         )
         if kind is bool:
             parser.add_argument(

@@ -11,6 +11,7 @@ chexpert, nih, rsna, siim, mimic-cxr
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,12 +192,17 @@ def _readable(part: list[_Labelled], problems: Problems) -> list[_Labelled]:
 
 
 def _split(part: list[_Labelled], seed: int) -> list[list[_Labelled]]:
-    """Put a fifth of the groups aside, at least one."""
-    groups = sorted({record.group for record, _ in part})
-    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
-    held = {groups[i] for i in order[: max(1, round(TEST_SHARE * len(groups)))]}
-    train = [example for example in part if example[0].group not in held]
-    return [train, [example for example in part if example[0].group in held]]
+    """Put a fifth of the groups aside."""
+    held = split_by_group([record.group for record, _ in part], seed)
+    return [[x for x, away in zip(part, held, strict=True) if away == side] for side in (0, 1)]
+
+
+def split_by_group(groups: Sequence[str], seed: int) -> list[bool]:
+    """Say which examples are for testing: those of a fifth of the groups, at least one."""
+    names = sorted(set(groups))
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+    held = {names[i] for i in order[: max(1, round(TEST_SHARE * len(names)))]}
+    return [group in held for group in groups]
 
 
 def _is_shown(path: Path) -> bool:

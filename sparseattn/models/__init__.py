@@ -5,6 +5,7 @@ try:
 except ImportError as error:
     raise ImportError('models need huggingface_hub; pip install "sparseattn[train]"') from error
 
+from sparseattn.models.adaptor import Adaptor, AdaptorConfig, AdaptorOutput
 from sparseattn.models.hyspark import (
     HySparK,
     HySparKConfig,
@@ -38,6 +39,9 @@ from sparseattn.models.views import two_views
 
 __all__ = [
     "MIRAM",
+    "Adaptor",
+    "AdaptorConfig",
+    "AdaptorOutput",
     "HySparK",
     "HySparKConfig",
     "HySparKOutput",

@@ -17,3 +17,16 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     if len(present) > 1:
         found["auroc"] = float(compute_roc_auc(logits.softmax(1)[:, present], truth))
     return found
+
+
+def retrieval_metrics(similarity: Tensor, relevant: Tensor) -> dict[str, float]:
+    """Return recall at 1 and 5: the share of rows with a right column among the best ones.
+
+    similarity [B, B], relevant bool [B, B]. `recall_at_1_by_chance` is what guessing gives.
+    """
+    found = {}
+    for depth in (1, 5):
+        best = similarity.topk(min(depth, similarity.shape[1]), dim=1).indices
+        found[f"recall_at_{depth}"] = float(relevant.gather(1, best).any(1).float().mean())
+    found["recall_at_1_by_chance"] = float(relevant.float().mean())
+    return found

@@ -84,6 +84,7 @@ class Recipe(ABC):
 RECIPES = {  # name: module and class, imported when it is asked for
     "hyspark": ("sparseattn.training.recipes.hyspark", "HySparKRecipe"),
     "miram": ("sparseattn.training.recipes.miram", "MIRAMRecipe"),
+    "adaptor": ("sparseattn.training.recipes.adaptor", "AdaptorRecipe"),
     "sparseattnnet": ("sparseattn.training.recipes.sparseattnnet", "SparseAttnNetRecipe"),
     "sparsecontrast": ("sparseattn.training.recipes.sparsecontrast", "SparseContrastRecipe"),
 }

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from sparseattn.models import KeepRule, SparseAttnNet, SparseAttnNetConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = SparseAttnNetConfig(classes=3, dim=32, heads=2, coarse_width=4, embed_width=16, keep=0.15)
 
 

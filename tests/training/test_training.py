@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,8 @@ from sparseattn.training.loop import (
 )
 from sparseattn.training.options import TrainOptions, parse_changes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 TINY = {"dim": 16, "heads": 2, "depth": 1, "coarse_width": 4, "embed_width": 16}
 WORDS = ["--set", *(f"{name}={value}" for name, value in TINY.items())]
 
@@ -124,7 +127,9 @@ def test_a_killed_run_loses_one_interval_at_most(tmp_path: Path) -> None:
     words = ["train", "sparseattnnet", "--data", "digits", "--device", "cpu", "--epochs", "5"]
     words += ["--batch-size", "64", "--checkpoint-every", "7"]
     command = [sys.executable, "-m", "sparseattn", *words]
-    killed = subprocess.Popen([*command, "--out", str(out), *WORDS], stdout=subprocess.DEVNULL)
+    killed = subprocess.Popen(
+        [*command, "--out", str(out), *WORDS], stdout=subprocess.DEVNULL, env=ONE_THREAD
+    )
     until = time.monotonic() + 120
     while len(checkpoint.all_of(out / "checkpoints")) < 2 and time.monotonic() < until:
         time.sleep(0.002)
@@ -139,7 +144,7 @@ def test_a_killed_run_loses_one_interval_at_most(tmp_path: Path) -> None:
         "from pathlib import Path; resume(Path(sys.argv[1]))\n"
     )
     command = [sys.executable, "-c", program, str(out), "", *words, "--out", str(whole), *WORDS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
     assert f"continues from {last}" in done.stdout
     assert same(out, whole)
@@ -152,7 +157,11 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     command += ["-m", "sparseattn", "train", "sparseattnnet", "--data", "digits"]
     command += ["--out", str(pair), "--device", "cpu", "--epochs", "1", "--batch-size", "32"]
     done = subprocess.run(
-        [*command, *WORDS, "explore=0.0"], capture_output=True, text=True, timeout=300
+        [*command, *WORDS, "explore=0.0"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=ONE_THREAD,
     )
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout and done.stdout.count("epoch 1/1") == 1

@@ -1,0 +1,106 @@
+"""Pictures with texts, a short training of Adaptor, and the claims that are checked."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("accelerate", reason='needs pip install "sparseattn[train]"')
+pytest.importorskip("sklearn", reason='needs pip install "sparseattn[samples]"')
+
+from sparseattn.cli.main import main
+from sparseattn.data.pairs import NAMES, image_texts, numbers, word_numbers
+from sparseattn.data.problems import DataError
+from sparseattn.models import Adaptor
+from sparseattn.testing.files import cut, picture, table
+from sparseattn.training.logs import read_csv
+from sparseattn.training.metrics import retrieval_metrics
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_words_are_hashed_and_padded() -> None:
+    numbered, mask = word_numbers("Heart: normal, heart!", 5, 100)
+    assert mask.tolist() == [True] * 3 + [False] * 2 and numbered[3:].tolist() == [0, 0]
+    assert numbered[0] == numbered[2] != numbered[1] and int(numbered[:3].min()) > 0
+    assert word_numbers("a b c", 2, 100)[1].tolist() == [True, True]
+
+
+def test_numbers_are_pictures_of_their_words() -> None:
+    split = numbers(seed=1)
+    example = split.train[0]
+    assert example["images"].shape == (1, 8, 32)
+    words = {int(word_numbers(name, 1, 4096)[0]) for name in NAMES}
+    shown = example["word_mask"]
+    assert set(example["words"][shown].tolist()) <= words and len(words) == 10
+    for place in range(4):
+        digit = example["images"][:, :, 8 * place : 8 * place + 8]
+        assert bool(digit.any()) == bool(shown[place])
+
+
+def test_a_table_of_texts(tmp_path: Path) -> None:
+    for i in range(10):
+        picture(tmp_path / f"{i}.png")
+    cut(picture(tmp_path / "cut.png", side=64))
+    rows = [f'{i}.png,"a heart, of size {i}",p{i // 2}' for i in range(10)]
+    path = table(
+        tmp_path / "t.csv", "path,text,group", *rows, "cut.png,a,x", "no.png,a,y", "1.png,.,z"
+    )
+    split = image_texts(str(tmp_path), table=str(path), size=8, length=6, on_error="skip")
+    assert (len(split.train), len(split.test)) == (8, 2)
+    assert split.problems.counts() == {"unreadable file": 2, "missing text": 1}
+    example = split.test[0]
+    assert example["images"].shape == (1, 8, 8) and int(example["word_mask"].sum()) == 5
+    groups = [{group for *_, group in part.pairs} for part in (split.train, split.test)]
+    assert not groups[0] & groups[1]
+    with pytest.raises(DataError, match=r"cut\.png: .*truncated"):
+        image_texts(str(tmp_path), table=str(path))
+    with pytest.raises(ValueError, match="expected numbers, or a folder"):
+        image_texts(str(tmp_path))
+
+
+def test_retrieval() -> None:
+    similarity = torch.tensor([[3.0, 2, 1], [3, 2, 1], [3, 2, 1]])
+    found = retrieval_metrics(similarity, torch.eye(3).bool())
+    assert found["recall_at_1"] == pytest.approx(1 / 3) and found["recall_at_5"] == 1
+    assert found["recall_at_1_by_chance"] == pytest.approx(1 / 3)
+    found = retrieval_metrics(similarity, torch.ones(3, 3).bool())
+    assert found["recall_at_1"] == 1
+
+
+def test_adaptor_trains_from_one_command(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ["train", "adaptor", "--data", "numbers", "--out", str(out), "--device", "cpu"]
+    assert main([*words, "--epochs", "3"]) == 0
+    epochs = read_csv(out / "epochs.csv")
+    assert epochs[-1]["loss"] < 0.75 * float(np.log(64))
+    assert epochs[-1]["recall_at_5"] > 3 * epochs[-1]["recall_at_1_by_chance"]
+    assert {path.name for path in (out / "report").glob("*.png")} == {
+        "similarity_of_images_and_texts.png",
+        "retrieval.png",
+        "losses.png",
+    }
+    fresh, trained = Adaptor(), Adaptor.from_pretrained(str(out / "model"))
+    for name, value in fresh.state_dict().items():
+        if "encoder." in name:
+            assert torch.equal(trained.state_dict()[name], value), name
+
+
+def test_claims_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "found.json"
+    assert main(["validate", "V1", "V8", "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "| V1 | Adaptor" in printed and "| holds |" in printed
+    assert "cannot be shown here" in printed  # what needs hospital data
+    found = json.loads(path.read_text())
+    assert [found[name]["verdict"] for name in ("V1", "V8")] == ["holds", "holds"]
+    with pytest.raises(SystemExit):
+        main(["validate", "V99"])
+
+
+@pytest.mark.slow
+def test_shuffled_pairs_are_checked(capsys: pytest.CaptureFixture) -> None:
+    assert main(["validate", "V9"]) == 0
+    assert "the leak" in capsys.readouterr().out
