@@ -26,7 +26,7 @@ _BLOCK = (16, 16)  # queries are few, and texts are short
 class AdaptorConfig:
     """What the paper leaves open, each with the choice made here.
 
-    image_encoder, text_encoder  by name; see `sparseattn.models.encoders`
+    image_name, text_name        of the encoders; see `sparseattn.models.encoders`
     image_width, text_width      channels of their features
     dim, heads, depth            width of the adaptor, heads, and blocks that both modalities share
     mlp_ratio                    hidden width of a block's MLP, in units of dim
@@ -38,8 +38,8 @@ class AdaptorConfig:
     temperature                  at the start; it is learned
     """
 
-    image_encoder: str = "pixels"
-    text_encoder: str = "words"
+    image_name: str = "pixels"
+    text_name: str = "words"
     image_width: int = 64
     text_width: int = 64
     dim: int = 512
@@ -132,8 +132,8 @@ class Adaptor(
         super().__init__()
         config = AdaptorConfig() if config is None else config
         self.config = config
-        self.image_encoder = image_encoder or encoders.image_encoder(config.image_encoder)
-        self.text_encoder = text_encoder or encoders.text_encoder(config.text_encoder)
+        self.image_encoder = image_encoder or encoders.image_encoder(config.image_name)
+        self.text_encoder = text_encoder or encoders.text_encoder(config.text_name)
         for parameter in self.frozen_parameters():
             parameter.requires_grad_(False)
         dim = config.dim

@@ -26,8 +26,7 @@ def image_encoder(name: str) -> nn.Module:
     if kind == "hf":
         return _from_hugging_face(rest)
     raise ValueError(
-        f"Adaptor: image_encoder is {name!r}; expected pixels, timm:NAME, timm-random:NAME or "
-        "hf:NAME"
+        f"Adaptor: image_name is {name!r}; expected pixels, timm:NAME, timm-random:NAME or hf:NAME"
     )
 
 
@@ -38,7 +37,7 @@ def text_encoder(name: str) -> nn.Module:
         return _fixed(RandomWords)
     if kind == "hf":
         return _from_hugging_face(rest)
-    raise ValueError(f"Adaptor: text_encoder is {name!r}; expected words or hf:NAME")
+    raise ValueError(f"Adaptor: text_name is {name!r}; expected words or hf:NAME")
 
 
 class RandomPixels(nn.Module):

@@ -182,9 +182,9 @@ def test_what_is_wrong_is_said() -> None:
         make()(given["images"], given["words"])
     with pytest.raises(TypeError, match="images and image_features are None"):
         make()(words=given["words"], word_mask=given["word_mask"])
-    with pytest.raises(ValueError, match="image_encoder is 'x'"):
-        make(image_encoder="x")
-    with pytest.raises(ValueError, match="text_encoder is 'x'"):
-        make(text_encoder="x")
+    with pytest.raises(ValueError, match="image_name is 'x'"):
+        make(image_name="x")
+    with pytest.raises(ValueError, match="text_name is 'x'"):
+        make(text_name="x")
     with pytest.raises(ValueError, match="expected late, pairs or own"):
         make(fusion="early")

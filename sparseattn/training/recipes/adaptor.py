@@ -46,7 +46,7 @@ class AdaptorRecipe(Recipe):
     @classmethod
     def configure(cls, split: Split, changes: Mapping[str, Any]) -> AdaptorConfig:
         """Make the adaptor as small as the tiny encoders, unless other encoders are named."""
-        tiny = not {"image_encoder", "text_encoder"} & changes.keys()
+        tiny = not {"image_name", "text_name"} & changes.keys()
         small = {"dim": 64, "heads": 4, "queries": 8, "project": 64} if tiny else {}
         return AdaptorConfig(**{**small, **changes})
 
