@@ -92,8 +92,8 @@ def test_import_is_light():
 
 def test_import_is_fast():
     program = (
-        "import time, torch; start = time.perf_counter()\n"
-        "import sparseattn; print(time.perf_counter() - start)"
+        "import time, torch; start = time.process_time()\n"  # of this process: others may be busy
+        "import sparseattn; print(time.process_time() - start)"
     )
     seconds = []
     while len(seconds) < 3 and min(seconds, default=1.0) >= 0.3:  # another try costs seconds
