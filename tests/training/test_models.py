@@ -70,7 +70,7 @@ def test_a_short_run(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -
         pytest.skip(f"the run needs {case.needs}")
     out = tmp_path / "run"
     words = ["train", name, "--data", case.data, "--out", str(out), "--device", "cpu"]
-    words += [*case.options.split(), "--checkpoint-every", "5"]
+    words += [*case.options.split(), "--checkpoint-every", "5", "--log-every", "2"]
     assert main([*words, "--set", *case.config.split()]) == 0
     assert case.metric in capsys.readouterr().out
     rows = read_csv(out / "epochs.csv")
