@@ -15,6 +15,7 @@ from sparseattn.ops.block_sparse_attention import block_sparse_attention
 from sparseattn.ops.densify import densify
 from sparseattn.ops.linear_attention import linear_attention
 from sparseattn.ops.linformer_attention import linformer_attention
+from sparseattn.ops.nystrom_attention import nystrom_attention
 from sparseattn.ops.orthogonal_features import orthogonal_features
 from sparseattn.ops.performer_attention import performer_attention
 from sparseattn.ops.saliency_attention import saliency_attention
@@ -50,6 +51,7 @@ __all__ = [
     "explain",
     "linear_attention",
     "linformer_attention",
+    "nystrom_attention",
     "orthogonal_features",
     "patch_sdpa",
     "performer_attention",

@@ -19,6 +19,7 @@ PUBLIC += ["saliency_attention"]
 PUBLIC += ["linear_attention", "linformer_attention"]
 PUBLIC += ["AttentionFactors", "approximation_error", "redraw_features"]
 PUBLIC += ["KernelMap", "VoxelTensor", "sparse_conv3d", "sparse_conv_transpose3d"]
+PUBLIC += ["nystrom_attention"]
 HOMES = {name: getattr(sparseattn, name).__module__ for name in PUBLIC}
 OPS = [n for n, home in HOMES.items() if home.startswith("sparseattn.ops.") and n.islower()]
 

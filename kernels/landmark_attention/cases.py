@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..cases import Case
-from . import newton_schulz, stage1, stage2, tuning
+from . import newton_schulz, segments, stage1, stage2, tuning
 
 TABLES = {
     "landmark_attention_fwd_kernel": tuning.FORWARD,
@@ -60,6 +60,12 @@ def cases(capability: int) -> Iterator[Case]:
                     yield _case(kernel, row, "", plain._replace(head_dim=head_dim))
     for kernel, rows in MATRIX_TABLES.items():
         yield from _matrix_cases(kernel, tuning.pick_matrix(rows, capability))
+    for kernel in ("segment_means_fwd_kernel", "segment_means_bwd_kernel"):
+        for inputs, form in {
+            "bf16 D 64": Form(64, torch.bfloat16, 0),
+            "fp32 D 72, grid": Form(72, torch.float32, 0, loaded=True),
+        }.items():
+            yield Case(kernel, None, inputs, partial(_launch_segments, form))
     for head_dim in (64, 128):
         form = Form(head_dim, torch.bfloat16, 1)
         yield _case("landmark_attention_fwd_combine_kernel", None, "", form)
@@ -82,6 +88,16 @@ def _launch_matrices(form: Form) -> None:
     mask = torch.ones(shape[::2], dtype=torch.bool, device="cuda") if form.loaded else None
     arguments = (landmarks, landmarks, values, mask, 6, form.head_dim**-0.5)
     newton_schulz.backward(newton_schulz.forward(*arguments), *arguments)
+
+
+def _launch_segments(form: Form) -> None:
+    """Means of segments of 1024 tokens, and their gradient."""
+    q = torch.empty((2, 4, 1024, form.head_dim), dtype=form.dtype, device="cuda")
+    ids, starts, counts = (
+        torch.zeros((1, size), dtype=torch.int32, device="cuda") for size in (1024, 65, 64)
+    )
+    means = segments.forward(q, ids, starts, ids[0] if form.loaded else None)
+    segments.backward(q, means, ids, counts)
 
 
 def _case(kernel: str, row: tuning.Row | None, inputs: str, form: Form) -> Case:

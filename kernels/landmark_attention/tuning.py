@@ -89,6 +89,7 @@ NEWTON_SCHULZ_BACKWARD = (
 # fmt: on
 
 COMBINE_ROWS = 16  # rows a program of the combine kernel handles
+SEGMENT_TOKENS = 64  # tokens a program of the means of segments handles at a time
 # The long side is cut into parts of LONGEST_PART * m tokens, so that what a part writes is little
 # beside what it reads; into shorter ones while fewer programs than this would run.
 LONGEST_PART, SHORTEST_PART, PROGRAMS = 16, 128, 256

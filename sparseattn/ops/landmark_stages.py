@@ -11,6 +11,7 @@ backward are the inputs and what is of the size of the landmarks; nothing of N *
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -101,7 +102,8 @@ def stage2(
         q: [B, H, N, D].
         landmarks: [1 or B, 1 or G, m, D], dtype of q; H is a multiple of G.
         values: [B, G, m, D], any float dtype; rounded to the dtype of q on the Triton path.
-        bias: float32 [B, G, m] or None, natural log, -inf hides the landmark.
+        bias: float32 [B, G, m] or None, natural log, -inf hides the landmark; [1 or B, 1, m] if it
+            needs no gradient.
         has_floor: values and bias have one more entry, a column of logit
             max_r(scale * q_i.w_r) + square * |q_i|^2 + bias_m through whose maximum no gradient
             flows.
@@ -112,6 +114,14 @@ def stage2(
     if _wants_gradient(*inputs):
         return _Stage2.apply(*inputs, *options)
     return _ops.landmark_stage2.default(*inputs, *options)
+
+
+def hiding_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return a bias [B, 1, N] of 0, and -inf where the mask [B, N] is False."""
+    if mask is None:
+        return None
+    zero = torch.zeros((), dtype=wide_dtype(dtype), device=mask.device)
+    return torch.where(mask[:, None], zero, -math.inf)
 
 
 def unsupported(q: Tensor) -> list[str]:

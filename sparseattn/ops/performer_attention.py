@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sparseattn import checks
 from sparseattn.ops import attention_checks, landmark_stages
-from sparseattn.ops.blocked.plan import accumulate_dtype as wide_dtype
 from sparseattn.reference.performer_attention import performer_attention as reference
 
 _OP = "performer_attention"
@@ -169,7 +168,4 @@ def check_kernel(kernel: Any, eps: Any, op: str = _OP) -> None:
 def _key_bias(k: Tensor, key_mask: Any) -> Tensor | None:
     """Check key_mask and return a bias [B, 1, Nk] in which a masked key has -inf."""
     attention_checks.check_key_mask(_OP, key_mask, k)
-    if key_mask is None:
-        return None
-    zero = torch.zeros((), dtype=wide_dtype(k.dtype), device=k.device)
-    return torch.where(key_mask[:, None], zero, -math.inf)
+    return landmark_stages.hiding_bias(key_mask, k.dtype)

@@ -145,6 +145,17 @@ def linformer(
     return replace(inputs.changed(scale=spec.scale), leaves=("q", "k", "v", *names))
 
 
+def nystrom(
+    spec: LandmarkSpec,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> OpInputs:
+    """Make inputs of nystrom_attention, whose keys are the tokens of its queries."""
+    tokens = spec.q_len if spec.k_len is None else min(spec.q_len, spec.k_len)
+    inputs = make(replace(spec, q_len=tokens, k_len=None), dtype, device)
+    return inputs.changed(num_landmarks=spec.landmarks, scale=spec.scale)
+
+
 def newton_schulz(
     spec: LandmarkSpec,
     dtype: torch.dtype = torch.float32,

@@ -11,7 +11,12 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
-from sparseattn import linear_attention, linformer_attention, performer_attention
+from sparseattn import (
+    linear_attention,
+    linformer_attention,
+    nystrom_attention,
+    performer_attention,
+)
 from sparseattn.testing import landmarks
 from sparseattn.testing.landmarks import LandmarkSpec as Spec
 from sparseattn.testing.landmarks import require_close, run
@@ -23,10 +28,11 @@ OPS = {  # name: (op, maker of its inputs, options)
     "performer-relu": (performer_attention, landmarks.performer, {"kernel": "relu"}),
     "performer-eps": (performer_attention, landmarks.performer, {"eps": 1e-4}),
     "linformer": (linformer_attention, landmarks.linformer, {}),
+    "nystrom": (nystrom_attention, landmarks.nystrom, {}),
     "linear": (linear_attention, landmarks.make, {}),
     "linear-relu": (linear_attention, landmarks.make, {"feature_map": "relu"}),
 }
-PLAIN = ["performer", "performer-eps", "linformer", "linear"]
+PLAIN = ["performer", "performer-eps", "linformer", "nystrom", "linear"]
 BOTH = [(name, "torch") for name in OPS] + [("performer", "triton"), ("linear", "triton")]
 
 both = pytest.mark.parametrize(("name", "impl"), BOTH)

@@ -23,22 +23,28 @@ _CHUNK_WEIGHTS = 1 << 19  # weights of a chunk: what keeps the buffers of one ch
 
 @dataclass(frozen=True)
 class Weights:
-    """How logits come from products: log weight(scale * product) + bias - square * |k|^2."""
+    """How logits come from products: log weight(scale * product) + bias - square * |k|^2.
+
+    Landmarks are scaled before the products: there are fewer of them than of anything else.
+    """
 
     scale: float
     square: float
     is_relu: bool
 
     def logits(self, out: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """Write log-weights of x [n, a, D] and y [n, b, D] without their bias to out [n, a, b]."""
-        torch.bmm(x, y.mT, out=out).mul_(self.scale)
+        """Write log-weights of x [n, a, D] and y [n, b, D] without their bias to out [n, a, b].
+
+        One of x and y is scaled already.
+        """
+        torch.bmm(x, y.mT, out=out)
         return out.clamp_(min=0).add_(RELU_EPS).log_() if self.is_relu else out
 
     def through(self, dlogits: Tensor, x: Tensor, y: Tensor, scratch: Scratch) -> Tensor:
         """Turn gradients of logits into gradients of scaled products, in place."""
         if self.is_relu:
             u = scratch.take("slope", tuple(dlogits.shape), dlogits.dtype)
-            torch.bmm(x, y.mT, out=u).mul_(self.scale)
+            torch.bmm(x, y.mT, out=u)
             dlogits.mul_(u > 0).div_(u.clamp_(min=0).add_(RELU_EPS))
         return dlogits
 
@@ -50,6 +56,14 @@ class _Slab:
     batch: int
     heads: slice
     tokens: slice
+
+    def put(self, result: Tensor, x: Tensor, y: Tensor) -> None:
+        """Write x @ y, widely summed, to the slab's part of result [B, H, N, D]."""
+        part = result[self.batch, self.heads, self.tokens]
+        if part.dtype == x.dtype and part.is_contiguous():
+            torch.bmm(x, y, out=part)
+        else:
+            part.copy_(torch.bmm(x, y))
 
     def of(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the slab's part of [B, H, N, ...] in `dtype`; B or H may be 1 and serve all."""
@@ -107,11 +121,11 @@ def stage1(
     values = k.new_zeros((*k.shape[:2], count, k.shape[3]), dtype=wide)
     lse = k.new_full(values.shape[:3], -math.inf, dtype=wide)
     peak = k.new_full(values.shape[:2], -math.inf, dtype=wide)
-    sums = None if segments is None else torch.zeros_like(values)
+    sums = None if segments is None else _with_spare_row(torch.zeros_like(values))
     scratch = Scratch(k.device)
     for chunks in _slabs((*k.shape[:2], k.shape[2]), count):
         where = chunks[0].batch, chunks[0].heads
-        rows = chunks[0].head(landmarks).to(wide)
+        rows = chunks[0].head(landmarks).to(wide) * weights.scale
         top = rows.new_full((*rows.shape[:2], 1), -math.inf)
         total, acc = torch.zeros_like(top), torch.zeros_like(rows)
         for slab in chunks:
@@ -130,12 +144,21 @@ def stage1(
             acc.mul_(fade).baddbmm_(p, some)
             top = new
             if sums is not None and segments is not None:
-                ids = segments[slab.batch, slab.tokens]
-                keys = keys.masked_fill((ids < 0)[:, None], 0)
-                sums[where].index_add_(1, ids.clamp(min=0), keys)
+                sums[where].index_add_(1, _rows_of(slab, segments, count), keys)
         lse[where] = (top + total.log())[..., 0]
         values[where] = acc.div_(total.masked_fill(total == 0, 1))
-    return values, lse, peak, sums
+    return values, lse, peak, None if sums is None else sums[:, :, :count].contiguous()
+
+
+def _with_spare_row(rows: Tensor) -> Tensor:
+    """Return rows of segments with one of zeros behind them, for tokens of no segment."""
+    return torch.nn.functional.pad(rows, (0, 0, 0, 1))
+
+
+def _rows_of(slab: _Slab, segments: Tensor, count: int) -> Tensor:
+    """Return the segment of every token of a slab, `count` for none."""
+    ids = segments[slab.batch, slab.tokens]
+    return ids.where(ids >= 0, count)
 
 
 def _hidden(bias: Tensor) -> Tensor:
@@ -164,10 +187,11 @@ def stage1_backward(
     dbias = k.new_empty(k.shape[:3], dtype=wide) if needs[1] else None
     delta = (dvalues * values).sum(-1)
     delta = delta if dlse is None else delta - dlse
+    dsums = None if dsums is None else _with_spare_row(dsums)
     peak = lse.masked_fill(lse == -math.inf, math.inf)
     scratch = Scratch(k.device)
     for chunks in _slabs((*k.shape[:2], k.shape[2]), landmarks.shape[2]):
-        rows, sent = chunks[0].head(landmarks).to(wide), chunks[0].head(dvalues)
+        rows, sent = chunks[0].head(landmarks).to(wide) * weights.scale, chunks[0].head(dvalues)
         row_peak, row_delta = chunks[0].head(peak)[:, None], chunks[0].head(delta)[:, None]
         for slab in chunks:
             where = slab.batch, slab.heads, slab.tokens
@@ -177,31 +201,35 @@ def stage1_backward(
             if shift is not None:
                 p += shift[..., None]
             p.exp_()  # [n, keys, m]
-            dv[where] = torch.bmm(p, sent).to(dv.dtype)
-            dp = torch.bmm(some, sent.mT, out=scratch.take("dp", shape, wide))
-            dz = dp.sub_(row_delta).mul_(p)
+            slab.put(dv, p, sent)
+            dp = scratch.take("dp", shape, wide)
+            dz = torch.baddbmm(row_delta, some, sent.mT, beta=-1, out=dp).mul_(p)
             sums = dz.sum(-1, keepdim=True) if weights.square or dbias is not None else None
             if dbias is not None and sums is not None:
                 dbias[where] = sums[..., 0]
             dz = weights.through(dz, keys, rows, scratch)
-            dkeys = torch.bmm(dz, rows).mul_(weights.scale)
+            dkeys = scratch.take("dkeys", tuple(keys.shape), wide)
+            if dsums is not None and segments is not None:
+                _of_segments(dsums[slab.batch, slab.heads], segments, slab, bias, dkeys)
+                dkeys.baddbmm_(dz, rows)
+            else:
+                torch.bmm(dz, rows, out=dkeys)
             if weights.square and sums is not None:
                 dkeys.addcmul_(sums, keys, value=-2 * weights.square)
-            if dsums is not None and segments is not None:
-                dkeys += _of_segments(dsums[slab.batch, slab.heads], segments, slab, bias)
-            dk[where] = dkeys.to(dk.dtype)
+            dk[where] = dkeys
             if dlandmarks is not None:
                 dlandmarks[slab.batch, slab.heads].baddbmm_(dz.mT, keys, alpha=weights.scale)
     return dlandmarks, dk, dv, dbias
 
 
-def _of_segments(dsums: Tensor, segments: Tensor, slab: _Slab, bias: Tensor | None) -> Tensor:
-    """Return for each key the gradient of its segment's sum, 0 for hidden keys and for none."""
-    ids = segments[slab.batch, slab.tokens]
-    absent = (ids < 0)[None]
+def _of_segments(
+    dsums: Tensor, segments: Tensor, slab: _Slab, bias: Tensor | None, out: Tensor
+) -> None:
+    """Write for each key the gradient of its segment's sum, 0 for hidden keys and for none."""
+    ids = _rows_of(slab, segments, dsums.shape[1] - 1)
+    torch.index_select(dsums, 1, ids, out=out)
     if bias is not None:
-        absent = absent | (slab.of(bias, bias.dtype) == -math.inf)
-    return dsums[:, ids.clamp(min=0)].masked_fill_(absent[..., None], 0)
+        out.masked_fill_((slab.of(bias, bias.dtype) == -math.inf)[..., None], 0)
 
 
 def stage2(
@@ -220,11 +248,14 @@ def stage2(
     group = q.shape[1] // max(1, values.shape[1])
     scratch = Scratch(q.device)
     for chunks in _slabs((q.shape[0], q.shape[1], q.shape[2]), count + has_floor):
-        columns = _landmark_columns(chunks[0], landmarks, values, bias, group, wide)
+        columns = _landmark_columns(chunks[0], landmarks, values, bias, group, weights.scale)
         for slab in chunks:
-            p, total, _ = _row_weights(slab.of(q, wide), columns, weights, has_floor, scratch)
-            made = torch.bmm(p, columns[1]).div_(total.masked_fill(total == 0, 1))
-            out[slab.batch, slab.heads, slab.tokens] = made.to(out.dtype)
+            p, total = _row_weights(slab.of(q, wide), columns, weights, has_floor, scratch)
+            if total is None:
+                slab.put(out, p, columns[1])
+            else:
+                made = torch.bmm(p, columns[1]).div_(total.masked_fill(total == 0, 1))
+                out[slab.batch, slab.heads, slab.tokens] = made
     return out
 
 
@@ -237,9 +268,10 @@ def _landmark_columns(
     values: Tensor,
     bias: Tensor | None,
     group: int,
-    wide: torch.dtype,
+    scale: float,
 ) -> _Columns:
-    """Return landmarks, values and bias [n, 1, m] for the query heads of a slab."""
+    """Return scaled landmarks, values and bias [n, 1, m] for the query heads of a slab."""
+    wide = wide_dtype(landmarks.dtype)
     heads = range(slab.heads.start, slab.heads.stop)
     key_heads = [head // group for head in heads]
 
@@ -249,13 +281,17 @@ def _landmark_columns(
             return part.expand(len(key_heads), *part.shape[1:])
         return part if key_heads == list(range(part.shape[0])) else part[key_heads]
 
-    return taken(landmarks), taken(values), None if bias is None else taken(bias)[:, None]
+    shift = None if bias is None else taken(bias)[:, None]
+    return taken(landmarks) * scale, taken(values), shift
 
 
 def _row_weights(
     queries: Tensor, columns: _Columns, weights: Weights, has_floor: bool, scratch: Scratch
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return weights p [n, tokens, m] of queries, unnormalised, their sums, and the landmarks."""
+) -> tuple[Tensor, Tensor | None]:
+    """Return weights p [n, tokens, m] of queries and what they are to be divided by, if by aught.
+
+    Without a bias no row can be empty, and one pass of torch's softmax does it all.
+    """
     landmarks, _, bias = columns
     count = landmarks.shape[1]
     p = scratch.take("logits", (*queries.shape[:2], count + has_floor), queries.dtype)
@@ -268,13 +304,16 @@ def _row_weights(
         p[..., count] = shown.amax(-1).add_(queries.square().sum(-1), alpha=weights.square)
     else:
         weights.logits(p, queries, landmarks)
+    if bias is None and not has_floor:
+        found = scratch.take("weights", tuple(p.shape), p.dtype)
+        return torch.softmax(p, -1, out=found), None
     if bias is not None:
         p += bias
     top = p.amax(-1, keepdim=True)
     if bias is not None:
         top.masked_fill_(top == -math.inf, 0)
     p.sub_(top).exp_()
-    return p, p.sum(-1, keepdim=True), landmarks
+    return p, p.sum(-1, keepdim=True)
 
 
 def stage2_backward(
@@ -297,23 +336,27 @@ def stage2_backward(
     dlandmarks = q.new_zeros((*q.shape[:2], count, q.shape[3]), dtype=wide)
     scratch = Scratch(q.device)
     for chunks in _slabs((q.shape[0], q.shape[1], q.shape[2]), count + has_floor):
-        columns = _landmark_columns(chunks[0], landmarks, values, bias, group, wide)
+        columns = _landmark_columns(chunks[0], landmarks, values, bias, group, weights.scale)
         sums = [t[chunks[0].batch, chunks[0].heads] for t in (dlandmarks, dvalues, dbias)]
         for slab in chunks:
             queries, sent = slab.of(q, wide), slab.of(dout, wide)
-            p, total, rows = _row_weights(queries, columns, weights, has_floor, scratch)
-            sent = sent / total.masked_fill(total == 0, 1)  # so that p need not be divided
+            p, total = _row_weights(queries, columns, weights, has_floor, scratch)
+            if total is not None:
+                sent = sent / total.masked_fill_(total == 0, 1)  # so that p need not be divided
             sums[1].baddbmm_(p.mT, sent)
             dp = torch.bmm(sent, columns[1].mT, out=scratch.take("dp", tuple(p.shape), wide))
             dz = dp.mul_(p)
-            delta = dz.sum(-1, keepdim=True) / total.masked_fill(total == 0, 1)
-            dz.addcmul_(p, delta, value=-1)
-            sums[2] += dz.sum(1)
-            plain = weights.through(dz[..., :count], queries, rows, scratch)
-            dqueries = torch.bmm(plain, rows).mul_(weights.scale)
+            delta = dz.sum(-1, keepdim=True)
+            dz.addcmul_(p, delta if total is None else delta.div_(total), value=-1)
+            if bias is not None:
+                sums[2] += dz.sum(1)
+            plain = weights.through(dz[..., :count], queries, columns[0], scratch)
             if has_floor:
+                dqueries = torch.bmm(plain, columns[0])
                 dqueries.addcmul_(dz[..., count:], queries, value=2 * weights.square)
-            dq[slab.batch, slab.heads, slab.tokens] = dqueries.to(dq.dtype)
+                dq[slab.batch, slab.heads, slab.tokens] = dqueries
+            else:
+                slab.put(dq, plain, columns[0])
             if needs_landmarks:
                 sums[0].baddbmm_(plain.mT, queries, alpha=weights.scale)
     if group > 1:

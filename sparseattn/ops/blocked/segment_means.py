@@ -1,0 +1,42 @@
+"""Means over segments of tokens in torch, some thousand tokens at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sparseattn.ops.blocked.plan import accumulate_dtype
+
+_CHUNK_TOKENS = 1 << 13
+
+
+def forward(q: Tensor, ids: Tensor, counts: Tensor) -> Tensor:
+    """Return the means [B, H, m, D] of q [B, H, N, D], widely summed."""
+    wide = accumulate_dtype(q.dtype)
+    count = counts.shape[1]  # and a spare row for tokens of no segment
+    sums = q.new_zeros((q.shape[0], q.shape[1], count + 1, q.shape[3]), dtype=wide)
+    for batch, some, places in _chunks(q, ids, count):
+        sums[batch].index_add_(1, places, q[batch, :, some].to(wide))
+    return sums[:, :, :count] / counts.clamp(min=1)[:, None, :, None]
+
+
+def backward(dq: Tensor, dmeans: Tensor, ids: Tensor, counts: Tensor) -> Tensor:
+    """Return dq [B, H, N, D] with the gradient through the means added."""
+    out = torch.empty_like(dq)
+    dmeans = dmeans / counts.clamp(min=1)[:, None, :, None]
+    rows = torch.nn.functional.pad(dmeans, (0, 0, 0, 1))
+    for batch, some, places in _chunks(dq, ids, counts.shape[1]):
+        found = rows[batch].index_select(1, places)
+        out[batch, :, some] = found.add_(dq[batch, :, some])
+    return out
+
+
+def _chunks(q: Tensor, ids: Tensor, count: int) -> Iterator[tuple[int, slice, Tensor]]:
+    """Walk samples and their tokens: the sample, some tokens, and their rows, `count` for none."""
+    for batch in range(q.shape[0]):
+        for start in range(0, q.shape[2], _CHUNK_TOKENS):
+            some = slice(start, min(start + _CHUNK_TOKENS, q.shape[2]))
+            places = ids[batch if len(ids) > 1 else 0, some]
+            yield batch, some, places.where(places >= 0, count)

@@ -1,0 +1,50 @@
+"""What Nystrom attention means: its three softmax matrices, every element in memory."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparseattn.reference.newton_schulz import newton_schulz
+
+
+def nystrom_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ids: Tensor,
+    num_landmarks: int,
+    iterations: int,
+    scale: float,
+    legacy_start: bool,
+) -> Tensor:
+    """Return o [B, H, N, D] = F1 Z_t F3 v. ids [B, N] are the tokens' landmarks, -1 for none.
+
+    A token of no landmark is no key; what it holds, even NaN, reaches nobody but its own o.
+    """
+    if q.shape[2] == 0:
+        return q + (k.sum() + v.sum()) * 0  # sums of nothing, with a gradient
+    group = q.shape[1] // k.shape[1] if k.shape[1] else 1
+    shown = (ids >= 0)[:, None, :, None]  # [B, 1, N, 1]
+    k, v = (t.where(shown, 0).repeat_interleave(group, 1) for t in (k, v))
+    member = torch.nn.functional.one_hot(ids.long() + 1, num_landmarks + 1)[..., 1:].mT
+    count = member.sum(2, keepdim=True)[:, None]  # [B, 1, m, 1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    share = (member[:, None].to(wide) / count.clamp(min=1)).to(q.dtype)
+    queries, keys = share @ q.where(shown, 0), share @ k  # [B, H, m, D]
+    exists = count > 0
+    first = _softmax(scale * q @ keys.mT, exists.mT)
+    third = _softmax(scale * queries @ k.mT, shown.mT)
+    middle = newton_schulz(
+        queries.to(wide), keys.to(wide), (third @ v).to(wide), exists[:, 0, :, 0],
+        iterations, scale, legacy_start,
+    )  # fmt: skip
+    return first @ middle.to(q.dtype)
+
+
+def _softmax(logits: Tensor, shown: Tensor) -> Tensor:
+    """Return softmax over what is shown, 0 for a sample in which nothing is."""
+    has_some = shown.any(-1, keepdim=True)
+    return logits.masked_fill(~shown & has_some, -math.inf).softmax(-1).where(has_some, 0)
