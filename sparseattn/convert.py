@@ -78,7 +78,8 @@ def convert(
 
     Args:
         model: changed in place.
-        method: "topk", "saliency", "window", "performer", "linformer", "linear" or "dense".
+        method: "topk", "saliency", "window", "performer", "nystrom", "linformer", "linear" or
+            "dense".
         skip: patterns of names, as of files (``"blocks.0.*"``), of modules to leave alone.
         dry_run: change nothing, only report.
         options: of the method, by name; see docs/layers.md. `prefix` defaults to the number of

@@ -96,6 +96,77 @@ def from_linformer(state_dict: State, *, prefix: str = "") -> dict[str, Tensor]:
     return found | {targets[kind]: own[f"proj_{kind}"].mT.contiguous() for kind in kinds}
 
 
+def from_nystrom_attention(state_dict: State, *, prefix: str = "") -> dict[str, Tensor]:
+    """Convert a ``NystromAttention`` of nystrom-attention.
+
+    For the method "nystrom" with its num_landmarks and pinv_iterations, ``legacy_start=True``, and
+    ``residual_kernel`` = residual_conv_kernel unless residual=False. Its keys: to_qkv, to_out.0,
+    and res_conv.weight [H, 1, residual_conv_kernel, 1].
+
+    Args:
+        state_dict: of the module, or of a model around it.
+        prefix: what the module's keys begin with there.
+
+    Returns:
+        The state dict of SparseAttention(E, H), E = H * dim_head.
+
+    Raises:
+        TypeError: a value is no tensor.
+        ValueError: unknown or missing keys, or a width H * dim_head that is not that of the tokens.
+
+    Notes:
+        The same results where num_landmarks divides the number of tokens, none of them masked. Of
+        other numbers it pads the front with zeros, which take part unless a mask is given.
+    """
+    op = "from_nystrom_attention"
+    required = ["to_qkv.weight", "to_out.0.weight", "to_out.0.bias"]
+    own = _take(op, state_dict, prefix, required, ["res_conv.weight"])
+    weights = own["to_qkv.weight"].chunk(3)
+    names = ("to_q", "to_k", "to_v")
+    named = {f"{name}.weight": weight for name, weight in zip(names, weights, strict=True)}
+    found = _projections(op, own | named, *names, "to_out.0")
+    return found | _residual(own, "res_conv.weight")
+
+
+def from_nystromformer(state_dict: State, *, prefix: str = "") -> dict[str, Tensor]:
+    """Convert a ``NystromformerAttention`` of transformers.
+
+    For the method "nystrom" with num_landmarks of its configuration, ``legacy_start=True``, and
+    ``residual_kernel`` = conv_kernel_size unless that is None. Its keys: self.query, self.key,
+    self.value, self.conv.weight [H, 1, conv_kernel_size, 1] and output.dense. output.LayerNorm is
+    not a part of attention, and left out.
+
+    Args:
+        state_dict: of the module, or of a model around it.
+        prefix: what the module's keys begin with there, "nystromformer.encoder.layer.0.attention."
+            in a NystromformerForMaskedLM.
+
+    Returns:
+        The state dict of SparseAttention(E, H).
+
+    Raises:
+        TypeError: a value is no tensor.
+        ValueError: unknown or missing keys.
+
+    Notes:
+        The same results where num_landmarks divides segment_means_seq_len and no token is masked:
+        transformers' segment means take masked tokens in. With num_landmarks equal to
+        segment_means_seq_len it attends densely, and so does the method "dense".
+    """
+    op = "from_nystromformer"
+    names = ["self.query", "self.key", "self.value", "output.dense"]
+    left_out = ["output.LayerNorm.weight", "output.LayerNorm.bias"]
+    own = _take(
+        op, state_dict, prefix, [f"{name}.{kind}" for name in names for kind in ("weight", "bias")],
+        ["self.conv.weight", *left_out],
+    )  # fmt: skip
+    return _projections(op, own, *names) | _residual(own, "self.conv.weight")
+
+
+def _residual(own: dict[str, Tensor], key: str) -> dict[str, Tensor]:
+    return {"method.residual": own[key]} if key in own else {}
+
+
 def _take(
     op: str, state_dict: State, prefix: str, required: list[str], optional: list[str]
 ) -> dict[str, Tensor]:

@@ -60,7 +60,7 @@ class Method(nn.Module):
     ``forward(q, k, v)`` with q [B, H, Nq, D] and k, v [B, G, Nk, D] returns o [B, H, Nq, D].
     A method is a module, so that ``.to()``, copies and pickles take it along. Most have nothing in
     a state_dict; ``prepare`` makes what the others have: a predictor ("saliency"), random features
-    ("performer"), projections ("linformer").
+    ("performer"), projections ("linformer"), filters ("nystrom").
 
     impl: passed to the op. fallback: "auto" attends densely where sparse attention would be
     slower; the log "sparseattn" says so once, and ``fell_back`` is the reason of the last eager
@@ -72,8 +72,8 @@ class Method(nn.Module):
     takes_attn_bias: ClassVar[bool] = False  # any bias of the logits, hence any mask
     takes_extra_keys: ClassVar[bool] = True
     takes_saliency: ClassVar[bool] = False
-    needs_place: ClassVar[bool] = False  # has something of its own that ``prepare`` makes
     approximates: ClassVar[bool] = False  # its weights are no softmax over keys
+    needs_place: bool = False  # has something of its own that ``prepare`` makes
 
     def __init__(self, impl: Impl = "auto", fallback: Fallback = "auto") -> None:
         super().__init__()

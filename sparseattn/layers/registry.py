@@ -8,14 +8,14 @@ from typing import Any
 from sparseattn.layers.linear import Linear
 from sparseattn.layers.linformer import Linformer
 from sparseattn.layers.method import Dense, Method
+from sparseattn.layers.nystrom import Nystrom
 from sparseattn.layers.performer import Performer
 from sparseattn.layers.saliency import Saliency
 from sparseattn.layers.topk import TopK
 from sparseattn.layers.window import Window
 
-METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Dense, TopK, Saliency, Window, Performer, Linformer, Linear)
-}
+_KINDS = (Dense, TopK, Saliency, Window, Performer, Nystrom, Linformer, Linear)
+METHODS: dict[str, type[Method]] = {method.name: method for method in _KINDS}
 
 
 def make_method(name: Any, options: dict[str, Any], op: str) -> Method:

@@ -40,7 +40,8 @@ class SparseAttention(nn.MultiheadAttention):
         batch_first: [B, N, E] instead of [N, B, E].
         device: of the parameters; "meta" works.
         dtype: of the parameters.
-        method: "topk", "saliency", "window", "performer", "linformer", "linear" or "dense".
+        method: "topk", "saliency", "window", "performer", "nystrom", "linformer", "linear" or
+            "dense".
         options: of the method, by name; see docs/layers.md.
 
     What differs from ``nn.MultiheadAttention``:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor
 
 from sparseattn.ops import attention_checks, linear_attention, linformer_attention
+from sparseattn.ops import nystrom_attention as nystrom_op
 from sparseattn.ops import performer_attention as performer_op
 from sparseattn.ops.blocked.plan import accumulate_dtype as wide_dtype
 from sparseattn.reference.linear_attention import MAPS
+from sparseattn.reference.newton_schulz import newton_schulz
+from sparseattn.reference.nystrom_attention import softmaxes
 from sparseattn.reference.performer_attention import RELU_EPS, eps_features
 
 _OP = "AttentionFactors"
@@ -25,8 +29,8 @@ class AttentionFactors:
         weights_ij = sum_r left_ir right_rj
 
     For looking at attention: the map of a class token is one row of the product, a landmark's map
-    one row of ``right``. With performer and linear attention rows of weights sum to 1; Linformer's
-    need not, and like those of "identity" may be negative.
+    one row of ``right``. With performer and linear attention rows of weights sum to 1; those of the
+    others need not, and like those of "identity" may be negative.
 
     ::
 
@@ -104,6 +108,30 @@ class AttentionFactors:
         linear_attention.check_feature_map(feature_map)
         q, k, shown = _prepared(q, k, key_mask)
         return cls._of_features(MAPS[feature_map](q), MAPS[feature_map](k), shown)
+
+    @classmethod
+    def nystrom(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        num_landmarks: int | Sequence[int],
+        *,
+        iterations: int = 6,
+        key_mask: Tensor | None = None,
+        grid: Sequence[int] | None = None,
+        scale: float | None = None,
+        legacy_start: bool = False,
+    ) -> AttentionFactors:
+        """Return the factors of nystrom_attention, F1 Z_t and F3; q has the tokens of k."""
+        scale = attention_checks.check_scale(_OP, scale, q)
+        cells, prefix = nystrom_op.check_landmarks(num_landmarks, grid, q.shape[2], _OP)
+        q, k, _ = _prepared(q, k, key_mask)
+        segments = nystrom_op.segments_of(q, grid, cells, prefix, key_mask)
+        ids, count = segments.ids.expand(q.shape[0], -1), segments.counts.shape[1]
+        first, third, queries, keys, exists = softmaxes(q, k, ids, count, scale)
+        one = torch.eye(count, dtype=q.dtype, device=q.device).expand(*q.shape[:2], -1, -1)
+        inverse = newton_schulz(queries, keys, one, exists, iterations, scale, legacy_start)
+        return cls(first @ inverse, third)
 
     @classmethod
     def _of_features(cls, phi_q: Tensor, phi_k: Tensor, shown: Tensor) -> AttentionFactors:

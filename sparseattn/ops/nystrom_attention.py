@@ -97,16 +97,13 @@ def nystrom_attention(
     cells, prefix = check_landmarks(num_landmarks, grid, q.shape[2])
     if q.numel() == 0:
         return q.clone()
-    if grid is None:
-        segments = Segments.balanced(q.shape[2], cells[0], key_mask, q.device)
-    else:
-        segments = Segments.of_grid(grid, cells, prefix, key_mask, q.device)
+    segments = segments_of(q, grid, cells, prefix, key_mask)
     chosen = landmark_stages.choose(_OP, impl, q)
     with torch.autocast(q.device.type, enabled=False):
         if chosen == "reference":
             ids, count = segments.ids.expand(q.shape[0], -1), segments.counts.shape[1]
             return reference(q, k, v, ids, count, iterations, scale, legacy_start)
-        may_lack = key_mask is not None or (grid is None and q.shape[2] < cells[0])
+        may_lack = key_mask is not None or q.shape[2] < segments.counts.shape[1]
         shown = segments.counts > 0 if may_lack else None
         return _attend(q, k, v, segments, key_mask, shown, iterations, scale, legacy_start, chosen)
 
@@ -114,6 +111,19 @@ def nystrom_attention(
 def unsupported(q: Tensor) -> list[str]:
     """Return why the Triton kernels cannot run such queries (empty: they can)."""
     return landmark_stages.unsupported(q)
+
+
+def segments_of(
+    q: Tensor,
+    grid: Sequence[int] | None,
+    cells: tuple[int, ...],
+    prefix: int,
+    key_mask: Tensor | None,
+) -> Segments:
+    """Return which tokens make which landmark; cells and prefix as check_landmarks gives them."""
+    if grid is None:
+        return Segments.balanced(q.shape[2], cells[0], key_mask, q.device)
+    return Segments.of_grid(grid, cells, prefix, key_mask, q.device)
 
 
 def check_landmarks(

@@ -27,8 +27,23 @@ def nystrom_attention(
     if q.shape[2] == 0:
         return q + (k.sum() + v.sum()) * 0  # sums of nothing, with a gradient
     group = q.shape[1] // k.shape[1] if k.shape[1] else 1
+    v = v.where((ids >= 0)[:, None, :, None], 0).repeat_interleave(group, 1)
+    first, third, queries, keys, exists = softmaxes(q, k, ids, num_landmarks, scale)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    middle = newton_schulz(
+        queries.to(wide), keys.to(wide), (third @ v).to(wide), exists, iterations, scale,
+        legacy_start,
+    )  # fmt: skip
+    return first @ middle.to(q.dtype)
+
+
+def softmaxes(
+    q: Tensor, k: Tensor, ids: Tensor, num_landmarks: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return F1 [B, H, N, m], F3 [B, H, m, N], both landmarks, and which [B, m] exist."""
+    group = q.shape[1] // k.shape[1] if k.shape[1] else 1
     shown = (ids >= 0)[:, None, :, None]  # [B, 1, N, 1]
-    k, v = (t.where(shown, 0).repeat_interleave(group, 1) for t in (k, v))
+    k = k.where(shown, 0).repeat_interleave(group, 1)
     member = torch.nn.functional.one_hot(ids.long() + 1, num_landmarks + 1)[..., 1:].mT
     count = member.sum(2, keepdim=True)[:, None]  # [B, 1, m, 1]
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -37,11 +52,7 @@ def nystrom_attention(
     exists = count > 0
     first = _softmax(scale * q @ keys.mT, exists.mT)
     third = _softmax(scale * queries @ k.mT, shown.mT)
-    middle = newton_schulz(
-        queries.to(wide), keys.to(wide), (third @ v).to(wide), exists[:, 0, :, 0],
-        iterations, scale, legacy_start,
-    )  # fmt: skip
-    return first @ middle.to(q.dtype)
+    return first, third, queries, keys, exists[:, 0, :, 0]
 
 
 def _softmax(logits: Tensor, shown: Tensor) -> Tensor:

@@ -8,7 +8,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from sparseattn import SparseAttention
-from sparseattn.integrations.state_dicts import from_linformer, from_performer_pytorch
+from sparseattn.integrations.state_dicts import (
+    from_linformer,
+    from_nystrom_attention,
+    from_nystromformer,
+    from_performer_pytorch,
+)
 from sparseattn.testing.landmarks import require_close
 
 HEADS, DIM, TOKENS = 4, 64, 50
@@ -115,34 +120,106 @@ def test_linformer(share_kv, one_kv_head):
         require_close("out", layer(x, x, x)[0], truth, truth.norm(), torch.float64)
 
 
+# -- nystrom-attention 0.0.14 and transformers -------------------------------------------------
+
+LANDMARKS, NYSTROM_TOKENS = 8, 48
+
+
+def nystrom(kernel=5):
+    """The keys and shapes of NystromAttention(256, heads=4, residual_conv_kernel=5)."""
+    shapes = {"to_qkv.weight": (3 * E, E), "to_out.0.weight": (E, E), "to_out.0.bias": (E,)}
+    return drawn(shapes | ({"res_conv.weight": (HEADS, 1, kernel, 1)} if kernel else {}))
+
+
+def nystrom_formula(state, x):
+    """Means of segments of equal length; the start value is scaled by the largest of the batch."""
+    q, k, v = (heads(t) for t in F.linear(x, state["to_qkv.weight"]).chunk(3, -1))
+    queries, keys = (t.unflatten(2, (LANDMARKS, -1)).mean(3) for t in (q * DIM**-0.5, k))
+    first = (q * DIM**-0.5 @ keys.mT).softmax(-1)
+    middle, last = (queries @ keys.mT).softmax(-1), (queries @ k.mT).softmax(-1)
+    z = middle.mT / (middle.sum(-1).max() * middle.sum(-2).max())
+    one = torch.eye(LANDMARKS, dtype=x.dtype)
+    for _ in range(6):
+        y = middle @ z
+        z = z @ (13 * one - y @ (15 * one - y @ (7 * one - y))) / 4
+    out = first @ (z @ (last @ v))
+    if "res_conv.weight" in state:
+        weight = state["res_conv.weight"]
+        out = out + F.conv2d(v, weight, padding=(weight.shape[2] // 2, 0), groups=HEADS)
+    return linear(state, "to_out.0", out.transpose(1, 2).flatten(2))
+
+
+def require_same_as_nystrom(state, truth, x):
+    """Within 1e-9: roundings grow with the condition of the matrix that is inverted."""
+    layer = SparseAttention(
+        E, HEADS, batch_first=True, dtype=torch.float64, method="nystrom", num_landmarks=LANDMARKS,
+        legacy_start=True, residual_kernel=5 if "method.residual" in state else None,
+    )  # fmt: skip
+    layer.load_state_dict(state)
+    require_close("out", layer(x, x, x)[0], truth, 1000 * truth.norm(), torch.float64)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", [5, None])
+def test_nystrom_attention(kernel):
+    state = nystrom(kernel)
+    x = torch.randn(2, NYSTROM_TOKENS, E, dtype=torch.float64)
+    require_same_as_nystrom(from_nystrom_attention(state), nystrom_formula(state, x), x)
+
+
+@torch.no_grad()
+def test_nystromformer():
+    modeling = pytest.importorskip("transformers.models.nystromformer.modeling_nystromformer")
+    config = modeling.NystromformerConfig(
+        hidden_size=E, num_attention_heads=HEADS, num_landmarks=LANDMARKS, conv_kernel_size=5,
+        segment_means_seq_len=NYSTROM_TOKENS, inv_coeff_init_option=False,
+    )  # fmt: skip
+    peer = modeling.NystromformerAttention(config).eval().double()
+    for weight in peer.parameters():
+        nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+    around = {f"layer.0.{name}": value for name, value in peer.state_dict().items()}
+    x = torch.randn(2, NYSTROM_TOKENS, E, dtype=torch.float64)
+    truth = peer.output.dense(peer.self(x)[0])
+    require_same_as_nystrom(from_nystromformer(around, prefix="layer.0."), truth, x)
+
+
+def nystromformer():
+    """The keys and shapes of NystromformerAttention, without what is optional."""
+    names = ("self.query", "self.key", "self.value", "output.dense")
+    weights = {f"{name}.weight": (E, E) for name in names}
+    return drawn(weights | {f"{name}.bias": (E,) for name in names})
+
+
 # -- what is refused ---------------------------------------------------------------------------
 
-PEERS = {"performer": (from_performer_pytorch, performer), "linformer": (from_linformer, linformer)}
+PEERS = {  # name: (the function, a state dict, one of its keys)
+    "performer": (from_performer_pytorch, performer, "to_k.weight"),
+    "linformer": (from_linformer, linformer, "to_k.weight"),
+    "nystrom-attention": (from_nystrom_attention, nystrom, "to_qkv.weight"),
+    "nystromformer": (from_nystromformer, nystromformer, "self.key.weight"),
+}
 
 
 @pytest.mark.parametrize("name", PEERS)
 def test_unknown_and_missing_keys_are_named(name):
-    convert, make = PEERS[name]
+    convert, make, key = PEERS[name]
     state = make()
     with pytest.raises(ValueError, match=re.escape("has the keys ['local_attn.rel_pos']")):
         convert(state | {"local_attn.rel_pos": torch.ones(1)})
-    for key in ("to_k.weight", "to_out.weight"):
-        less = {k: v for k, v in state.items() if k != key}
-        with pytest.raises(ValueError, match=re.escape(f"has no ['{key}']; expected")):
-            convert(less)
+    with pytest.raises(ValueError, match=re.escape(f"has no ['{key}']; expected")):
+        convert({k: v for k, v in state.items() if k != key})
     with pytest.raises(ValueError, match=r"under 'layers\.1\.'; expected"):
         convert({f"layers.0.{k}": v for k, v in state.items()}, prefix="layers.1.")
-    with pytest.raises(TypeError, match=r"to_k\.weight is 3"):
-        convert(state | {"to_k.weight": 3})
+    with pytest.raises(TypeError, match=re.escape(f"{key} is 3")):
+        convert(state | {key: 3})
 
 
 @pytest.mark.parametrize("name", PEERS)
 def test_widths_that_have_no_place_are_refused(name):
-    convert, make = PEERS[name]
-    narrow = {k: v[:DIM] if k.startswith("to_q") else v for k, v in make().items()}
-    with pytest.raises(
-        ValueError, match=re.escape("to_q.weight has shape [64, 256]; expected [E, E]")
-    ):
+    convert, make, _ = PEERS[name]
+    queries = {"to_q.weight": DIM, "to_qkv.weight": 3 * DIM, "self.query.weight": DIM}
+    narrow = {key: value[: queries.get(key, len(value))] for key, value in make().items()}
+    with pytest.raises(ValueError, match=r"weight has shape \[64, 256\]; expected \[E, E\]"):
         convert(narrow)
 
 

@@ -17,6 +17,8 @@ METHODS = {
     "performer": ("performer", {"features": 24}),
     "cosh": ("performer", {"features": 24, "kernel": "cosh", "norms": "sqrt"}),
     "eps": ("performer", {"features": 24, "eps": 1e-4}),
+    "nystrom": ("nystrom", {"num_landmarks": 9, "iterations": 2}),  # more amplify roundings
+    "residual": ("nystrom", {"num_landmarks": 9, "iterations": 2, "residual_kernel": 5}),
     "headwise": ("linformer", {"tokens": 50, "num_landmarks": 9}),
     "key-value": ("linformer", {"tokens": 50, "num_landmarks": 9, "sharing": "key-value"}),
     "unshared": ("linformer", {"tokens": 50, "num_landmarks": 9, "sharing": "none"}),
@@ -58,7 +60,8 @@ def test_weights_are_those_of_the_result(name, variant):
     qkv = (x, x, x)
     if "kdim" in variant:
         wide = torch.randn(3, TOKENS, 64, dtype=torch.float64)
-        qkv = (x[:, :30], wide[..., :24], wide[..., 24:])
+        asking = x if METHODS[name][0] == "nystrom" else x[:, :30]  # self-attention only
+        qkv = (asking, wide[..., :24], wide[..., 24:])
     if not layer.batch_first:
         qkv = (x.transpose(0, 1),) * 3
     out, none = layer(*qkv, hidden)
@@ -117,6 +120,7 @@ def test_under_autocast_the_projections_are_cast_too(name):
 
 OWN = {
     "performer": {"projection": [24, 16]},
+    "residual": {"residual": [2, 1, 5, 1]},
     "headwise": {"key_projection": [9, 50], "value_projection": [9, 50]},
     "key-value": {"key_projection": [9, 50]},
     "unshared": {"key_projection": [2, 9, 50], "value_projection": [2, 9, 50]},
@@ -182,6 +186,9 @@ def test_options_are_checked():
         ("performer", {"kernel": "exp"}, "performer: kernel is 'exp'; expected"),
         ("performer", {"norms": "one"}, "performer: norms is 'one'; expected"),
         ("performer", {"seed": -1}, "performer: seed is -1; expected"),
+        ("nystrom", {"num_landmarks": 0}, "nystrom: num_landmarks is 0; expected"),
+        ("nystrom", {"iterations": 0}, "nystrom: iterations is 0; expected"),
+        ("nystrom", {"residual_kernel": 4}, "nystrom: residual_kernel is 4; expected an odd int"),
         ("linformer", {"tokens": 0}, "linformer: tokens is 0; expected"),
         ("linformer", {"tokens": 9, "sharing": "all"}, "linformer: sharing is 'all'; expected"),
         ("linear", {"feature_map": "exp"}, "linear: feature_map is 'exp'; expected"),
@@ -192,7 +199,7 @@ def test_options_are_checked():
         SparseAttention(EMBED, HEADS, method="linformer")
 
 
-@pytest.mark.parametrize("name", ["performer", "headwise", "elu"])
+@pytest.mark.parametrize("name", ["performer", "nystrom", "residual", "headwise", "elu"])
 def test_calls_that_cannot_be_are_refused(name):
     layer, (x, _) = layer_of(name), inputs()
     with pytest.raises(NotImplementedError, match="attn_mask has shape"):
@@ -202,7 +209,10 @@ def test_calls_that_cannot_be_are_refused(name):
     q = torch.randn(1, 2, 9, 16)
     with pytest.raises(NotImplementedError, match="extra is given"):
         layer.method(q, q, q, extra=(q, q))
-    if name == "elu":
+    if name == "nystrom":
+        with pytest.raises(ValueError, match=r"of the tokens of q, N=30 \(from q\)"):
+            layer(x[:, :30], x, x)
+    if name in ("elu", "nystrom"):
         return
     if name == "headwise":
         with pytest.raises(ValueError, match="k has 51 tokens; expected at most tokens=50"):
@@ -255,6 +265,7 @@ def test_hosts_convert_train_and_go_back(make):
     for method, options in (
         ("performer", {"features": 2048, "norms": "sqrt"}),
         ("linformer", {"tokens": 65, "num_landmarks": 8, "sharing": "none"}),
+        ("nystrom", {"num_landmarks": (4, 4), "grid": (8, 8), "residual_kernel": 3}),
         ("linear", {}),
     ):
         report = convert(model, method, **options)
@@ -263,7 +274,7 @@ def test_hosts_convert_train_and_go_back(make):
         out = result(model, x)
         out.square().sum().backward()
         own = [p for n, p in model.named_parameters() if ".method." in f".{n}"]
-        assert bool(own) == (method == "linformer") and all(p.grad.any() for p in own)
+        assert bool(own) == (method in ("linformer", "nystrom")) and all(p.grad.any() for p in own)
         error = (out - before).norm() / before.norm()
         assert error > 1e-6
         if method == "performer":  # many features of small q and k: close to softmax

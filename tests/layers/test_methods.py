@@ -24,6 +24,7 @@ def layer_of(name, **options):
 
 APPROXIMATE = {
     "performer": {"features": 24, "seed": 1},
+    "nystrom": {"num_landmarks": 12},
     "linformer": {"tokens": 400, "num_landmarks": 12},
     "linear": {"feature_map": "elu"},
 }

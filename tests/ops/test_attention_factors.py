@@ -13,6 +13,7 @@ from sparseattn import (
     approximation_error,
     linear_attention,
     linformer_attention,
+    nystrom_attention,
     performer_attention,
 )
 from sparseattn.testing import landmarks
@@ -22,6 +23,7 @@ from sparseattn.testing.landmarks import require_close
 SPEC = Spec(20, 35, head_dim=16, heads=4, key_heads=2, landmarks=9, key_mask="random")
 PERFORMER = (performer_attention, AttentionFactors.performer, landmarks.performer)
 LINFORMER = (linformer_attention, AttentionFactors.linformer)
+NYSTROM = (nystrom_attention, AttentionFactors.nystrom, landmarks.nystrom)
 LINEAR = (linear_attention, AttentionFactors.linear, landmarks.make)
 OPS = {  # name: (op, its factors, maker of inputs, options)
     "softmax": (*PERFORMER, {}),
@@ -31,6 +33,8 @@ OPS = {  # name: (op, its factors, maker of inputs, options)
     "headwise": (*LINFORMER, landmarks.linformer, {}),
     "key-value": (*LINFORMER, partial(landmarks.linformer, sharing="key-value"), {}),
     "none": (*LINFORMER, partial(landmarks.linformer, sharing="none"), {}),
+    "nystrom": (*NYSTROM, {"iterations": 2}),
+    "nystrom legacy": (*NYSTROM, {"legacy_start": True, "iterations": 1}),
     "linear elu": (*LINEAR, {}),
     "linear relu": (*LINEAR, {"feature_map": "relu"}),
 }
@@ -51,7 +55,7 @@ def test_factors_give_what_the_op_gives(name, key_mask):
     require_close("out", factors.attend(v), truth, truth.norm(), torch.float64)
     assert torch.equal(factors.rows(slice(0, 1)), (factors.left[:, :, :1] @ factors.right))
     torch.testing.assert_close(factors.rows(torch.tensor([3, 1])), factors.dense()[:, :, [3, 1]])
-    if op is not linformer_attention and key_mask is None:
+    if op in (performer_attention, linear_attention) and key_mask is None:
         sums = factors.dense().sum(-1)
         torch.testing.assert_close(sums, torch.ones_like(sums))
 
