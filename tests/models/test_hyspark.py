@@ -216,6 +216,7 @@ def test_reconstruction_loss_falls_on_a_brain() -> None:
     assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
 
 
+@pytest.mark.slow
 def test_the_segmenter_starts_from_the_encoder_and_learns() -> None:
     torch.manual_seed(0)
     images, labels = brain()

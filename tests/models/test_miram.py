@@ -182,6 +182,7 @@ def errors_of(model: MIRAM, truth: torch.Tensor, guess: torch.Tensor) -> tuple[f
     return float(output.low_loss), float(output.high_loss), *naive
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_decoder_reconstructs_digits_it_has_not_seen(method: str) -> None:
     """After 150 steps: better at both scales than the mean of the image, which is not given."""

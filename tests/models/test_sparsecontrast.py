@@ -184,6 +184,7 @@ def train(model, batches: list[dict[str, Tensor]], rate: float, loss: str) -> li
     return losses
 
 
+@pytest.mark.slow
 def test_contrastive_loss_falls_on_digits() -> None:
     """Well under ln(2 B - 1), where all features are the same."""
     torch.manual_seed(0)
