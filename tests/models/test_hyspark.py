@@ -209,6 +209,7 @@ def train(model: nn.Module, *given: Tensor, steps: int) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_reconstruction_loss_falls_on_a_brain() -> None:
     torch.manual_seed(0)
     images, _ = brain()

@@ -70,6 +70,7 @@ def test_retrieval() -> None:
     assert found["recall_at_1"] == 1
 
 
+@pytest.mark.slow
 def test_adaptor_trains_from_one_command(tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = ["train", "adaptor", "--data", "numbers", "--out", str(out), "--device", "cpu"]

@@ -63,7 +63,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("hyspark", "sparsecontrast")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CASES]
+)
 def test_a_short_run(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     case = CASES[name]
     if importlib.util.find_spec(case.needs) is None:

@@ -187,7 +187,8 @@ def stage1_backward(
     dbias = k.new_empty(k.shape[:3], dtype=wide) if needs[1] else None
     delta = (dvalues * values).sum(-1)
     delta = delta if dlse is None else delta - dlse
-    dsums = None if dsums is None else _with_spare_row(dsums)
+    # without segments a compiled backward hands on the zeros of an empty result
+    dsums = None if dsums is None or segments is None else _with_spare_row(dsums)
     peak = lse.masked_fill(lse == -math.inf, math.inf)
     scratch = Scratch(k.device)
     for chunks in _slabs((*k.shape[:2], k.shape[2]), landmarks.shape[2]):
