@@ -72,7 +72,9 @@ def test_products_of_half_precision_landmarks_are_float32(dtype, impl):
         require_close(name, found[name], truth[name], truth[name].norm(), dtype)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if c == "m70" else ()) for c in CASES]
+)
 def test_triton_path(case):
     check(attend("triton"), attend("reference"), make(CASES[case], device=DEVICES["triton"]))
 
