@@ -48,6 +48,14 @@ class DepthwiseRow(NamedTuple):
     spills: int = 0
 
 
+class MapRow(NamedTuple):
+    """How kernel maps are made, on every GPU: `tile` sites a program."""
+
+    tile: int
+    num_warps: int
+    num_stages: int
+
+
 # fmt: off
 # unmeasured cap  bytes  columns  tile_m  tile_n  tile_k  warps  stages
 FORWARD = (
@@ -87,6 +95,12 @@ DEPTHWISE = (
     DepthwiseRow(80,  4,     ANY,      32,     64,     4,     3),
 )
 DEPTHWISE_DW = DEPTHWISE
+
+# one warp: no other waits for its longest search
+#          tile  warps  stages
+MAP_ROWS = (
+    MapRow( 128,    1,      1),
+)
 # fmt: on
 
 MEASURED: dict[str, dict[int, str]] = {}

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from sparseattn.constants import PAD_INDEX, SITES_PER_LIST
 from sparseattn.structures import site_lookup
-from sparseattn.structures.site_lookup import Box, Window
+from sparseattn.structures.site_lookup import Window
 from sparseattn.structures.site_sets import SiteSet
 
 _WORD = 62  # taps whose presence is packed into an int64 to sort by
@@ -66,8 +66,9 @@ class KernelMap:
             fine: the sites that are read.
             coarse: the sites that read, y; they read y * stride - low + dilation * t.
             window: the taps.
-            method: how sites are looked up: "table" (memory of the whole volume), "search" (sorted
-                keys) or "auto" (by the number of cells and sites).
+            method: how sites are looked up: "table" (memory of the whole volume), "hash" (16 to 32
+                bytes a site, by a kernel on CUDA), "search" (sorted keys), or "auto" (by the
+                device, the number of cells and that of sites).
         """
         same = fine.coordinates is coarse.coordinates
         rows = torch.ops.sparseattn.neighbour_rows.default(
@@ -131,9 +132,9 @@ class KernelMap:
         decoded = found[rare].cumsum(0, dtype=torch.uint8) & 1
         order = self._outputs().long()
         for last in range(self.taps, 0, -_WORD):  # the least significant taps first
-            word = torch.zeros_like(order)
-            for tap in range(max(0, last - _WORD), last):
-                word = word * 2 + decoded[tap]
+            bits = decoded[max(0, last - _WORD) : last]
+            places = torch.arange(len(bits) - 1, -1, -1, device=bits.device)
+            word = (bits << places[:, None]).sum(0)
             order = order[word[order].argsort(stable=True)]
         rows = self.rows[:, order]
         spare = -self.num_outputs % SITES_PER_LIST
@@ -175,12 +176,9 @@ def _rows(
     fine: Tensor, coarse: Tensor, shape: list[int], coarse_shape: list[int], batch: int,
     window: list[int], method: str, same: bool,
 ) -> Tensor:  # fmt: skip
+    sizes, coarse_sizes = [batch, *shape], [batch, *coarse_shape]
     taps = Window.unpack(window)
-    site_lookup.check_inside(fine, [batch, *shape])
-    if not same:
-        site_lookup.check_inside(coarse, [batch, *coarse_shape])
-    box = Box.around(batch, shape, coarse_shape, taps)
-    return site_lookup.neighbour_rows(fine, coarse, box, taps, method, same)
+    return site_lookup.neighbour_rows(fine, coarse, sizes, coarse_sizes, taps, method, same)
 
 
 def _rows_fake(

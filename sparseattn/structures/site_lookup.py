@@ -1,16 +1,19 @@
-"""Which active site lies where: two ways to look coordinates up, of which sizes choose one.
+"""Which active site lies where: three ways to look coordinates up, of which sizes choose one.
 
 A site's key is its place in raster order in a box that holds every coordinate that is asked for,
 also those outside the volume, which nobody has.
 
     table    the row of every cell of the box
+    hash     the key and row of every site at a place made of its key; by a kernel alone
     search   the sorted keys, and a binary search in them
 """
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -21,6 +24,9 @@ from sparseattn.constants import PAD_INDEX
 CELLS_PER_SITE = 64  # a table may have so many cells for each site
 SMALL_TABLES = {"cuda": 2**24}  # or so many in all, where filling it costs little
 SMALLEST_TABLE = 2**12
+OUTSIDE = "VoxelTensor: a coordinate lies outside its volume"
+TWICE = "VoxelTensor: a coordinate is there twice; expected once"
+SLOT_BITS = 63  # of a hash table, for a key and a row
 
 Three = tuple[int, int, int]
 
@@ -112,25 +118,75 @@ class Box(NamedTuple):
 
 
 def neighbour_rows(
-    fine: Tensor, coarse: Tensor, box: Box, window: Window, method: str, same: bool
-) -> Tensor:
+    fine: Tensor, coarse: Tensor, sizes: list[int], coarse_sizes: list[int], window: Window,
+    method: str, same: bool,
+) -> Tensor:  # fmt: skip
     """Return int32 [taps, n]: the row of `fine` [N, 4] that each of `coarse` [n, 4] reads.
 
-    PAD_INDEX where nobody is active. method: "table", "search", or "auto". same: the two sets are
-    one.
+    PAD_INDEX where nobody is active. sizes: the batch and the volume of fine, as coarse_sizes of
+    coarse. method: "table", "hash", "search", or "auto". same: the two sets are one.
+
+    Raises ValueError naming the first coordinate that is outside its volume or there twice; on a
+    GPU it is a device-side assertion.
     """
-    if (choose(box, fine) if method == "auto" else method) == "table":
+    box = Box.around(sizes[0], sizes[1:], coarse_sizes[1:], window)
+    if method == "auto":
+        method = choose(box, len(fine), fine.device.type)
+    if method == "hash" or (fine.is_cuda and method == "table" and kernels_installed()):
+        return by_kernel(fine, coarse, sizes, coarse_sizes, box, window, method == "hash", same)
+    check_inside(fine, sizes)
+    if not same:
+        check_inside(coarse, coarse_sizes)
+    if method == "table":
         return _by_table(fine, coarse, box, window, same)
     if same and window.symmetric and not fine.is_cuda:  # counting hits would wait for a GPU
         return _by_symmetric_search(fine, box, window)
     return _by_search(fine, coarse, box, window)
 
 
-def choose(box: Box, coordinates: Tensor) -> str:
-    """Return which way of looking up sizes ask for."""
-    device = coordinates.device.type
-    most = max(CELLS_PER_SITE * coordinates.shape[0], SMALL_TABLES.get(device, SMALLEST_TABLE))
-    return "table" if box.cells <= most else "search"
+def by_kernel(
+    fine: Tensor, coarse: Tensor, sizes: list[int], coarse_sizes: list[int], box: Box,
+    window: Window, hashed: bool, same: bool,
+) -> Tensor:  # fmt: skip
+    """Look sites up in kernels: one launch for each table, one for all taps."""
+    from sparseattn.kernels.sparse_conv3d import map_rows
+
+    if not fine.is_cuda and not map_rows.interpreting():
+        raise NotImplementedError(f"KernelMap: method 'hash' cannot run on {fine.device}")
+    geometry = map_rows.Geometry(
+        sizes[0], (sizes[1], sizes[2], sizes[3]),
+        (coarse_sizes[1], coarse_sizes[2], coarse_sizes[3]), box.size, box.corner,
+        window.kernel, window.stride, window.dilation,
+    )  # fmt: skip
+    symmetric = same and window.symmetric
+    rows, faults = map_rows.neighbour_rows(
+        fine, coarse, geometry, hashed=hashed, same=same, symmetric=symmetric
+    )
+    if fine.is_cuda:
+        torch._assert_async(faults[0] == 0, OUTSIDE)
+        torch._assert_async(faults[1] == 0, TWICE)
+    elif bool(faults.any()):
+        raise ValueError(f"VoxelTensor: {fault(fine, sizes) or fault(coarse, coarse_sizes)}")
+    return rows
+
+
+def choose(box: Box, sites: int, device: str) -> str:
+    """Return which way of looking so many sites up sizes ask for."""
+    if box.cells <= max(CELLS_PER_SITE * sites, SMALL_TABLES.get(device, SMALLEST_TABLE)):
+        return "table"
+    fits = (box.cells - 1).bit_length() + max(1, sites - 1).bit_length() <= SLOT_BITS
+    return "hash" if device == "cuda" and fits and kernels_installed() else "search"
+
+
+@cache
+def kernels_installed() -> bool:
+    """Say whether there is a Triton to run kernels."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def fault(coordinates: Tensor, sizes: list[int]) -> str:
+    """Say which coordinate is outside or there twice, and is the first; "" if none is."""
+    return outside(coordinates, sizes) or duplicate(coordinates)
 
 
 def check_inside(coordinates: Tensor, sizes: list[int]) -> None:
@@ -139,7 +195,7 @@ def check_inside(coordinates: Tensor, sizes: list[int]) -> None:
         column = coordinates[:, axis]
         if coordinates.is_cuda:
             holds = ((column >= 0) & (column < size)).all()
-            torch._assert_async(holds, "VoxelTensor: a coordinate lies outside its volume")
+            torch._assert_async(holds, OUTSIDE)
         elif len(column) and not (int(column.min()) >= 0 and int(column.max()) < size):
             raise ValueError(f"VoxelTensor: {outside(coordinates, sizes)}")
 
@@ -160,7 +216,7 @@ def outside(coordinates: Tensor, sizes: list[int]) -> str:
 def check_unique(holds: Tensor, coordinates: Tensor) -> None:
     """Raise ValueError naming the first coordinate met before; on a GPU, an assertion there."""
     if coordinates.is_cuda:
-        torch._assert_async(holds.all(), "VoxelTensor: a coordinate is there twice; expected once")
+        torch._assert_async(holds.all(), TWICE)
     elif not bool(holds.all()):
         raise ValueError(f"VoxelTensor: {duplicate(coordinates)}")
 

@@ -96,8 +96,7 @@ class VoxelTensor:
         Waits for the device.
         """
         sizes = [self.batch_size, *self.spatial_shape]
-        fault = site_lookup.outside(self.coordinates, sizes)
-        if fault := fault or site_lookup.duplicate(self.coordinates):
+        if fault := site_lookup.fault(self.coordinates, sizes):
             raise ValueError(f"{_OP}: {fault}")
 
     def kernel_map(

@@ -12,6 +12,7 @@ from sparseattn.structures.kernel_map import KernelMap, kernel_map
 from sparseattn.structures.site_lookup import Window
 from sparseattn.structures.site_sets import SiteSet, grown, touched
 
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUICK = hypothesis.settings(
     derandomize=True, phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate]
 )
@@ -78,21 +79,90 @@ def test_rows(case, method):
     assert found.symmetric == (coarse is fine and case not in ("even",))
 
 
+def moved(place, device):
+    """The same sites on another device, with nothing known of them."""
+    return SiteSet(place.coordinates.to(device), place.spatial_shape, place.batch_size, [])
+
+
+def by_kernel(fine, coarse, taps, method):
+    """Rows as a GPU makes them: by the kernels of both methods."""
+    near = moved(fine, TRITON_DEVICE)
+    far = near if coarse is fine else moved(coarse, TRITON_DEVICE)
+    sizes = [[s.batch_size, *s.spatial_shape] for s in (near, far)]
+    box = site_lookup.Box.around(sizes[0][0], sizes[0][1:], sizes[1][1:], taps)
+    given = near.coordinates, far.coordinates, *sizes, box, taps, method == "hash", near is far
+    return site_lookup.by_kernel(*given).cpu()
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("method", ["table", "hash"])
+@pytest.mark.parametrize("case", CASES)
+def test_rows_by_kernels(case, method):
+    fine, coarse, taps = CASES[case]
+    coarse = fine if coarse is None else coarse
+    found = by_kernel(fine, coarse, taps, method)
+    assert torch.equal(found, rows_by_definition(fine, coarse, taps))
+    assert found.dtype == torch.int32 and found.is_contiguous()
+
+
+def test_what_is_found_does_not_depend_on_who_is_entered_first():
+    """Sites whose searches all begin at one slot: every order of entering gives other places."""
+    key, shift, last = torch.arange(2**20), 64 - 6, 63
+    start = (key * -7046029254386353131 >> shift) & last
+    key = key[start == 5][torch.randperm(40)]  # of at most 32 slots that 16 sites would take
+    places = torch.stack((0 * key, key // 512**2, key // 512 % 512, key % 512), 1)[:30].int()
+    taps = Window((1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 1, 1))
+    for order in (torch.arange(30), torch.randperm(30)):
+        fine = SiteSet(places[order], (512,) * 3, 1, [])
+        coarse = SiteSet(places, (512,) * 3, 1, [])
+        assert torch.equal(by_kernel(fine, coarse, taps, "hash")[0], order.argsort().int())
+
+
+@pytest.mark.parametrize("method", ["table", "hash"])
+@pytest.mark.skipif(TRITON_DEVICE == "cuda", reason="an assertion there ends the process")
+def test_kernels_find_wrong_coordinates(method):
+    fine, coarse = sites(SHAPE), sites((2, 3, 3))
+    half = window(stride=(2, 2, 2))
+    for wrong in ([0, 4, 0, 0], [2, 0, 0, 0], [0, 0, -1, 0], [0, 0, 0, 6]):
+        places = fine.coordinates.clone()
+        places[7] = torch.tensor(wrong)
+        message = rf"coordinates\[7\] is .{str(wrong)[1:-1]}.; expected 0 <= coordinate"
+        with pytest.raises(ValueError, match=message):
+            by_kernel(fine._replace(coordinates=places), coarse, half, method)
+        places = coarse.coordinates.clone()
+        places[3] = torch.tensor(wrong)
+        with pytest.raises(ValueError, match=r"coordinates\[3\] is .*; expected 0 <= coordinate"):
+            by_kernel(fine, coarse._replace(coordinates=places), half, method)
+    for first, second in ((True, False), (False, True)):
+        near, far = fine.coordinates.clone(), coarse.coordinates.clone()
+        near[-1], far[-1] = near[2 if first else -1], far[1 if second else -1]
+        with pytest.raises(ValueError, match=rf", as coordinates\[{2 if first else 1}\] is"):
+            by_kernel(
+                fine._replace(coordinates=near), coarse._replace(coordinates=far), half, method
+            )
+
+
 def test_keys_of_large_volumes_take_64_bits():
-    """More than 2^31 cells: the search alone, and no key wraps around."""
+    """More than 2^31 cells: no key wraps around."""
     corner = torch.tensor([[0, 0, 0, 0], [0, 2047, 2047, 1023], [1, 0, 0, 0], [1, 2047, 0, 1023]])
     near = torch.cat((corner, corner + torch.tensor([0, 0, 1, 0]) * (corner[:, 2:3] == 0)))
     fine = SiteSet(near.unique(dim=0).int(), (2048, 2048, 1024), 2, [])
     box = site_lookup.Box.around(2, fine.spatial_shape, fine.spatial_shape, window())
-    assert box.cells > 2**31 and site_lookup.choose(box, fine.coordinates) == "search"
-    found = KernelMap.between(fine, fine, window())
-    assert torch.equal(found.rows, rows_by_definition(fine, fine, window()))
+    assert box.cells > 2**31 and site_lookup.choose(box, len(near), "cpu") == "search"
+    expected = rows_by_definition(fine, fine, window())
+    assert torch.equal(KernelMap.between(fine, fine, window()).rows, expected)
+    assert torch.equal(by_kernel(fine, fine, window(), "hash"), expected)
 
 
 def test_way_of_looking_up_goes_by_volume():
-    box = site_lookup.Box.around(1, (64, 64, 64), (64, 64, 64), window())
-    few, many = torch.zeros(100, 4).int(), torch.zeros(10_000, 4).int()
-    assert [site_lookup.choose(box, c) for c in (few, many)] == ["search", "table"]
+    def ways(size, device):
+        box = site_lookup.Box.around(1, (size,) * 3, (size,) * 3, window())
+        return [site_lookup.choose(box, count, device) for count in (100, 10_000, 10_000_000)]
+
+    assert ways(64, "cpu") == ["search", "table", "table"]
+    assert ways(64, "cuda") == ["table", "table", "table"]  # as small as 2^24 cells
+    assert ways(512, "cuda") == ["hash", "hash", "table"]
+    assert ways(2**18, "cuda") == ["hash", "search", "search"]  # 55 bits a key, 8 for a row
 
 
 @pytest.mark.parametrize("case", CASES)
