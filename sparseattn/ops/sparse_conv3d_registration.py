@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparseattn.constants import SITES_PER_LIST
+from sparseattn.ops import flops
 from sparseattn.ops.blocked import sparse_conv3d as blocked
 from sparseattn.ops.blocked.plan import accumulate_dtype
 from sparseattn.ops.once import Gradients, differentiated_once
@@ -41,6 +43,9 @@ def convolve(
     weight is torch's [C_out, C_in / groups, kx, ky, kz]. Maps for the gradients are made only if
     they are wanted.
     """
+    if not torch.compiler.is_compiling():
+        ops = torch.ops.sparseattn
+        flops.register({ops.sparse_conv3d: _flops, ops.sparse_conv3d_backward: _backward_flops})
     sort = impl == "triton"
     made = kernel_map(fine, coarse, window, backwards=upwards, sort=sort)
     arguments = (x, weight, bias, made.rows, made.order, made.lists, groups, impl)
@@ -138,6 +143,16 @@ def _given(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     if len(found) < len(tensors):
         raise ValueError("sparse_conv3d: the map is not sorted; expected a sorted one for triton")
     return found
+
+
+def _flops(x: Any, weight: Any, bias: Any, rows: Any, *_: Any, **__: Any) -> int:
+    """2 operations a weight and pair, of which a tap has one a site of input and output at most."""
+    return 2 * min(x[0], rows[1]) * math.prod(weight)
+
+
+def _backward_flops(dy: Any, x: Any, weight: Any, rows: Any, *rest: Any, **_: Any) -> int:
+    needs_x, needs_weight = rest[-3:-1]
+    return _flops(x, weight, None, rows) * (bool(needs_x) + bool(needs_weight))
 
 
 def _forward_fake(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparseattn import VoxelTensor, sparse_conv3d, sparse_conv_transpose3d, submanifold_conv3d
 from sparseattn.testing.convolution import run
@@ -250,6 +251,22 @@ def test_autocast_computes_in_its_dtype(case):
         assert torch.equal(found[name], expected[name].float())
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", SPECS)
+def test_flop_counter_counts_a_pair_for_each_tap_and_site(case, impl):
+    """Of input or output, whichever has fewer sites: a tap has no more pairs."""
+    inputs, convolve = make(SPECS[case], device=DEVICES[impl]), op(SPECS[case], impl)
+    features, weight = inputs.features.requires_grad_(), inputs.weight.requires_grad_()
+    with FlopCounterMode(display=False) as forward:
+        y = apply(inputs, convolve, features=features, weight=weight)
+    with FlopCounterMode(display=False) as backward:
+        y.sum().backward()
+    sites = min(len(features), len(y))
+    assert len(y) != len(features) or case in ("same", "depthwise")
+    assert forward.get_total_flops() == 2 * sites * weight.numel() > 0
+    assert backward.get_total_flops() == 2 * forward.get_total_flops()
+
+
 # -- errors ------------------------------------------------------------------------------------
 
 X = VoxelTensor.from_dense(torch.ones(2, 4, 5, 5, 5), torch.arange(250).view(2, 5, 5, 5) % 4 == 0)
@@ -258,7 +275,7 @@ HALF = VoxelTensor(torch.ones(0, 1), torch.ones(0, 4).int(), (3, 3, 3), 2)
 WRONG = {
     "sparse_conv3d": [
         ((X.features, W), {}, TypeError,
-         f"x has shape [{len(X.features)}, 4]; expected a VoxelTensor"),
+         f"x has shape [{len(X.features)}, 4]; expected a PatchGrid or a VoxelTensor"),
         ((X, W[:, :3]), {}, ValueError,
          "weight has shape [6, 3, 3, 3, 3]; expected [C_out, C_in/groups, kx, ky, kz], "
          "C_in/groups=4 (from x)"),
