@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseattn.benchmarks.runner import Record
-from sparseattn.benchmarks.table import break_even_lines, by_case, case_table
+from sparseattn.benchmarks.table import break_even_lines, by_case, case_table, mean_lines
 
 FORMAT = "sparseattn-bench-1"
 
@@ -84,7 +84,7 @@ def show(records: list[Record]) -> None:
     """Print the tables of all cases."""
     for case in by_case(records):
         print(case_table(case) + "\n")
-    print("\n".join(break_even_lines(records)))
+    print("\n".join([*mean_lines(records), *break_even_lines(records)]))
 
 
 def rates_line(machine: dict[str, Any]) -> str:

@@ -1,9 +1,9 @@
-"""Records as text: a table a case, and where sparse stops to win."""
+"""Records as text: a table a case, where sparse stops to win, and how much it wins on average."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from sparseattn.benchmarks.runner import Record
@@ -85,6 +85,61 @@ def _span(record: Record) -> str:
 
 def _pair(forward: Record, both: Record, key: str) -> str:
     return f"{number(forward.get(key))} / {number(both.get(key))}"
+
+
+AVERAGED = ("batch", "tokens", "size", "voxels", "density")  # axes whose values are averaged over
+DENSE = "the best dense one"
+
+
+def mean_lines(records: Sequence[Record]) -> list[str]:
+    """Say for ours and each rival how much faster it is, over all cases but those of AVERAGED axes.
+
+    The rivals are the fastest dense provider of each case, whose memory is the least of all dense
+    ones, and every other peer. Losing cases are named.
+    """
+    found: dict[tuple, list[tuple[float, float, str]]] = {}
+    for case in by_case(records):
+        timed = [record for record in case if record.get("mode")]
+        for mine in (record for record in timed if record["ours"]):
+            for rival, ratio, memory in _rivals(mine, timed):
+                axes = {a: v for a, v in mine["case"].items() if a not in AVERAGED}
+                rest = (f"{a}={v:g}" for a, v in mine["case"].items() if a in AVERAGED)
+                key = (mine["op"], mine["dtype"], tuple(axes.items()), mine["mode"], rival)
+                found.setdefault(key, []).append((ratio, memory, " ".join(rest)))
+    lines = []
+    for (op, dtype, axes, mode, rival), cells in found.items():
+        name = " ".join([op, dtype, *(f"{axis}={value:g}" for axis, value in axes), mode])
+        ratios, shares = [cell[0] for cell in cells], [cell[1] for cell in cells]
+        lost = [f"{where} ({number(ratio)}x)" for ratio, _, where in cells if ratio < 1]
+        lines.append(
+            f"{name}: {number(geometric_mean(ratios))}x {rival}, geometric mean of {len(cells)} "
+            f"cases, {number(min(ratios))}x to {number(max(ratios))}x; peak memory "
+            f"{number(min(shares))} to {number(max(shares))} of its; "
+            f"loses {', '.join(lost) if lost else 'none'}"
+        )
+    return lines
+
+
+def _rivals(mine: Record, records: Sequence[Record]) -> Iterator[tuple[str, float, float]]:
+    """Yield each rival of one of our records: its name, its time over ours, our memory over its."""
+    mode = mine["mode"]
+    dense = [r for r in records if r["dense"] and r["mode"] == ("both" if mode == "full" else mode)]
+    own = max(mine["peak_bytes"], 1.0)
+    if dense:
+        fastest = min(record["p50"] for record in dense)
+        yield DENSE, fastest / mine["p50"], own / min(max(r["peak_bytes"], 1.0) for r in dense)
+    for record in records:
+        if not record["ours"] and not record["dense"] and record["mode"] == mode:
+            yield (
+                record["provider"],
+                record["p50"] / mine["p50"],
+                own / max(record["peak_bytes"], 1.0),
+            )
+
+
+def geometric_mean(ratios: Sequence[float]) -> float:
+    """Return the mean of positive ratios."""
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
 def by_case(records: Iterable[Record]) -> list[list[Record]]:

@@ -18,9 +18,10 @@ examples:
 Nothing is timed before its result was held against float64. Calls take turns in one process;
 times are medians with the 20th and 80th percentile. "index" builds masks or lists, "both" is
 forward and backward, "full" all three. A gain is over the fastest dense baseline of the same case;
-"!" marks a loss. "useful" counts the FLOPs that the sparse op needs, "dense-eq." those of the
-dense one. The floor is the greater of useful FLOPs at the rate of a large matrix product and bytes
-that must move at the rate of a large copy, both measured first. Pairs are forward / both.
+"!" marks a loss. At the end stand geometric means over the cases, and which cases lose. "useful"
+counts the FLOPs that the sparse op needs, "dense-eq." those of the dense one. The floor is the
+greater of useful FLOPs at the rate of a large matrix product and bytes that must move at the rate
+of a large copy, both measured first. Pairs are forward / both.
 Exit code 1: one of our results is wrong.
 """
 
@@ -164,7 +165,7 @@ def _measure(
     """Run all cases, printing and writing each when it is done."""
     from sparseattn.benchmarks import machine, results
     from sparseattn.benchmarks.runner import MODES, Settings, run_case
-    from sparseattn.benchmarks.table import break_even_lines, case_table
+    from sparseattn.benchmarks.table import break_even_lines, case_table, mean_lines
     from sparseattn.benchmarks.timing import make_timer
 
     settings = Settings(
@@ -197,7 +198,7 @@ def _measure(
         print("\n" + case_table(done), flush=True)
         records += done
         out.write(records)
-    print("\n" + "\n".join(break_even_lines(records)))
+    print("\n" + "\n".join([*mean_lines(records), *break_even_lines(records)]))
     return records
 
 

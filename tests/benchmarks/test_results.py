@@ -113,6 +113,26 @@ def test_break_even_is_said_for_every_sweep_of_ours() -> None:
     assert len(lines) == 6 and all(line.endswith("break-even density 0.50") for line in lines)
 
 
+def test_means_are_geometric_and_name_what_loses() -> None:
+    records = sweep()
+    for density, ms in ((0.1, 1.0), (1.0, 40.0)):
+        at = {"tokens": 1024, "density": density}
+        records.append(record("peer", "both", ms, **at) | {"peak_bytes": 4e6})
+    lines = table.mean_lines(records)
+    dense = [line for line in lines if table.DENSE in line]
+    assert len(lines) == 5 and [line.split(":")[0] for line in dense] == [
+        f"toy float32 heads=6 {mode}" for mode in ("forward", "both", "full")
+    ]  # the dense one has no "full": its "both" is that
+    # of 10 / (20 * density): 5, 2 and 0.5, twice
+    assert all("1.71x the best dense one, geometric mean of 6 cases, 0.500x to 5.00x" in line
+               and "peak memory 1.00 to 1.00 of its" in line
+               and "loses tokens=1024 density=1 (0.500x), tokens=2048 density=1 (0.500x)" in line
+               for line in dense)  # fmt: skip
+    (peer,) = (line for line in lines if "both: " in line and table.DENSE not in line)
+    assert "both: 1.00x peer, geometric mean of 2 cases, 0.500x to 2.00x" in peer
+    assert "peak memory 0.250 to 0.250 of its; loses tokens=1024 density=0.1 (0.500x)" in peer
+
+
 def test_plots_show_what_was_measured(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason='needs pip install "sparseattn[bench]"')
     records = [r | {"machine": MACHINE} for r in sweep()]
