@@ -1,6 +1,6 @@
 """Weight gradient of convolution on active sites.
 
-    dW_t = Σ_i x[i + o_t]^T dy[i]
+    dW_t = Σ_i x[stride * i + o_t]^T dy[i]
 
 The sites are cut into splits whose number depends on sizes alone; a split's sum is kept in float32
 and the splits are added in order: no atomics.
@@ -20,7 +20,8 @@ from .sites import source_rows, tile_sites
 @triton.jit(do_not_specialize=["num_patches", "num_tiles", "split_tiles"])
 def sparse_conv3d_bwd_dw_kernel(
     x_ptr, dy_ptr, dw_ptr, neighbours_ptr, num_patches, num_tiles, split_tiles,
-    PATCH: tl.constexpr, KERNEL: tl.constexpr, DILATION: tl.constexpr, MIRRORED: tl.constexpr,
+    PATCH: tl.constexpr, POOLED: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+    LOW: tl.constexpr, DILATION: tl.constexpr,
     GROUPS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -41,15 +42,15 @@ def sparse_conv3d_bwd_dw_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     first = tl.program_id(1) * split_tiles
     for tile in range(first, tl.minimum(first + split_tiles, num_tiles)):
-        patch, place, ok = tile_sites(tile, neighbours_ptr, num_patches, PATCH, False, BLOCK_K)
+        patch, place, ok = tile_sites(tile, neighbours_ptr, num_patches, POOLED, False, BLOCK_K)
         source, found = source_rows(
-            patch, place, ok, tap, neighbours_ptr, PATCH, KERNEL, DILATION, MIRRORED
+            patch, place, ok, tap, neighbours_ptr, PATCH, POOLED, KERNEL, STRIDE, LOW, DILATION
         )
         a = tl.load(
             x_ptr + source[:, None] * (GROUPS * IN) + (group * IN + rows)[None, :],
             mask=found[:, None] & row_ok[None, :], other=0.0,
         )  # fmt: skip
-        site = patch.to(tl.int64) * (PATCH[0] * PATCH[1] * PATCH[2]) + place
+        site = patch.to(tl.int64) * (POOLED[0] * POOLED[1] * POOLED[2]) + place
         b = tl.load(  # where x is not found, dy must not count either: it may hold inf
             dy_ptr + site[:, None] * (GROUPS * OUT) + columns[None, :],
             mask=found[:, None] & column_ok[None, :], other=0.0,
@@ -63,7 +64,8 @@ def sparse_conv3d_bwd_dw_kernel(
 @triton.jit(do_not_specialize=["num_patches", "num_tiles", "split_tiles"])
 def sparse_conv3d_depthwise_bwd_dw_kernel(
     x_ptr, dy_ptr, dw_ptr, neighbours_ptr, num_patches, num_tiles, split_tiles,
-    PATCH: tl.constexpr, KERNEL: tl.constexpr, DILATION: tl.constexpr, MIRRORED: tl.constexpr,
+    PATCH: tl.constexpr, POOLED: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+    LOW: tl.constexpr, DILATION: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dw_t = Σ x[source_t] * dy over one split of the sites, every channel by itself.
@@ -79,13 +81,13 @@ def sparse_conv3d_depthwise_bwd_dw_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     first = tl.program_id(1) * split_tiles
     for tile in range(first, tl.minimum(first + split_tiles, num_tiles)):
-        patch, place, ok = tile_sites(tile, neighbours_ptr, num_patches, PATCH, False, BLOCK_M)
+        patch, place, ok = tile_sites(tile, neighbours_ptr, num_patches, POOLED, False, BLOCK_M)
         source, found = source_rows(
-            patch, place, ok, tap, neighbours_ptr, PATCH, KERNEL, DILATION, MIRRORED
+            patch, place, ok, tap, neighbours_ptr, PATCH, POOLED, KERNEL, STRIDE, LOW, DILATION
         )
         kept = found[:, None] & column_ok[None, :]
         a = tl.load(x_ptr + source[:, None] * CHANNELS + columns[None, :], mask=kept, other=0.0)
-        site = patch.to(tl.int64) * (PATCH[0] * PATCH[1] * PATCH[2]) + place
+        site = patch.to(tl.int64) * (POOLED[0] * POOLED[1] * POOLED[2]) + place
         b = tl.load(dy_ptr + site[:, None] * CHANNELS + columns[None, :], mask=kept, other=0.0)
         acc += a.to(tl.float32) * b.to(tl.float32)
     line = tl.program_id(1).to(tl.int64) * TAPS + tap
@@ -93,7 +95,7 @@ def sparse_conv3d_depthwise_bwd_dw_kernel(
 
 
 def weight_gradient(x: Tensor, dy: Tensor, neighbours: Tensor, window: Window) -> Tensor:
-    """Return dW [C_out, C_in / groups, kx, ky, kz], float32, of x and dy [P, px, py, pz, C]."""
+    """Return dW [C_out, C_in / groups, kx, ky, kz], float32, of x [P, px, py, pz, C_in] and dy."""
     x, dy = features(x), features(dy)
     inner, outer = x.shape[4] // window.groups, dy.shape[4] // window.groups
     depthwise = inner == outer == 1
@@ -108,7 +110,7 @@ def _grouped(
     row = tuning.pick(tuning.BACKWARD_DW, x, outer)
     programs = window.taps * window.groups
     programs *= triton.cdiv(inner, row.tile_m) * triton.cdiv(outer, row.tile_n)
-    num_tiles = triton.cdiv(window.num_sites(x), row.tile_k)
+    num_tiles = triton.cdiv(x.shape[0] * window.sites, row.tile_k)
     splits, split_tiles = tuning.splits(num_tiles, row.tile_k, programs)
     dw = x.new_empty((splits, window.taps, inner, dy.shape[4]), dtype=tuning.SUMS)
     with device_of(x):
@@ -127,7 +129,7 @@ def _depthwise(
     channels = x.shape[4]
     row = tuning.pick(tuning.DEPTHWISE_DW, x, channels)
     programs = window.taps * triton.cdiv(channels, row.tile_n)
-    num_tiles = triton.cdiv(window.num_sites(x), row.tile_m)
+    num_tiles = triton.cdiv(x.shape[0] * window.sites, row.tile_m)
     splits, split_tiles = tuning.splits(num_tiles, row.tile_m, programs)
     dw = x.new_empty((splits, window.taps, 1, channels), dtype=tuning.SUMS)
     with device_of(x):

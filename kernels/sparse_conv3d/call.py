@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -13,41 +14,47 @@ from .. import launch as launching
 
 
 class Window(NamedTuple):
-    """Sizes along x, y and z of a patch and of a convolution's window.
+    """Sizes along x, y and z of a patch of the input and of a convolution's window.
 
-    Padding is torch's "same": of the dilation * (kernel - 1) voxels beside the centre, the smaller
-    half lies before it. mirrored: the larger half lies before it, as the input gradient needs.
+    Output o of a volume reads o * stride - low + dilation * t through tap t; a patch of the output
+    has 1 / stride of the sites.
     """
 
     patch: tuple[int, ...]
     kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    low: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
-    mirrored: bool = False
+
+    @property
+    def pooled(self) -> tuple[int, ...]:
+        """Sites of a patch of the output along each axis."""
+        return tuple(p // s for p, s in zip(self.patch, self.stride, strict=True))
 
     @property
     def sites(self) -> int:
-        """Sites of a patch."""
-        return self.patch[0] * self.patch[1] * self.patch[2]
+        """Sites of a patch of the output."""
+        return math.prod(self.pooled)
 
     @property
     def taps(self) -> int:
         """Taps of the window."""
-        return self.kernel[0] * self.kernel[1] * self.kernel[2]
+        return math.prod(self.kernel)
 
-    def num_sites(self, x: Tensor) -> int:
-        """Active sites of all patches."""
-        return x.shape[0] * self.sites
+    @property
+    def mirrored(self) -> Window:
+        """The window turned round, through which the gradient of the input goes at stride 1."""
+        axes = zip(self.low, self.kernel, self.dilation, strict=True)
+        return self._replace(low=tuple(d * (k - 1) - low for low, k, d in axes))
 
     @property
     def flags(self) -> dict[str, Any]:
         """Compile-time sizes, as keywords of a kernel."""
         return {
-            "PATCH": self.patch,
-            "KERNEL": self.kernel,
-            "DILATION": self.dilation,
-            "MIRRORED": self.mirrored,
-        }
+            "PATCH": self.patch, "POOLED": self.pooled, "KERNEL": self.kernel,
+            "STRIDE": self.stride, "LOW": self.low, "DILATION": self.dilation,
+        }  # fmt: skip
 
 
 class Table(NamedTuple):

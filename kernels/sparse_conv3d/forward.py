@@ -1,7 +1,7 @@
 """Convolution of active sites, forward; and its input gradient, which is the same sum mirrored.
 
-    y[i] = bias + Σ_t x[i + o_t] W_t,      o_t = dilation * t - low,      i + o_t active
-    dx[j] = Σ_t dy[j - o_t] W_t^T
+    y[i] = bias + Σ_t x[stride * i + o_t] W_t,   o_t = dilation * t - low,   stride * i + o_t active
+    dx[j] = Σ_t dy[j - o_t] W_t^T   at stride 1
 
 Each site belongs to one program and its taps are added in order: no atomics.
 """
@@ -22,7 +22,8 @@ from .sites import source_rows, tile_sites
 @triton.jit(do_not_specialize=["num_patches"])
 def sparse_conv3d_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, neighbours_ptr, order_ptr, num_patches,
-    PATCH: tl.constexpr, KERNEL: tl.constexpr, DILATION: tl.constexpr, MIRRORED: tl.constexpr,
+    PATCH: tl.constexpr, POOLED: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+    LOW: tl.constexpr, DILATION: tl.constexpr,
     GROUPS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, HAS_BIAS: tl.constexpr,
     BY_PLACE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -37,7 +38,7 @@ def sparse_conv3d_fwd_kernel(
     column_ok = columns < OUT
     columns += group * OUT
     patch, place, ok = tile_sites(
-        tl.program_id(0), order_ptr, num_patches, PATCH, BY_PLACE, BLOCK_M
+        tl.program_id(0), order_ptr, num_patches, POOLED, BY_PLACE, BLOCK_M
     )
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     x_ptr += group * IN
@@ -45,7 +46,7 @@ def sparse_conv3d_fwd_kernel(
     for step in range(KERNEL[0] * KERNEL[1] * KERNEL[2] * STEPS):  # one loop, to be pipelined
         tap, first = step // STEPS, step % STEPS * BLOCK_K
         row, found = source_rows(
-            patch, place, ok, tap, neighbours_ptr, PATCH, KERNEL, DILATION, MIRRORED
+            patch, place, ok, tap, neighbours_ptr, PATCH, POOLED, KERNEL, STRIDE, LOW, DILATION
         )
         line = weight_ptr + tap * tl.full([], IN * GROUPS * OUT, tl.int64)
         if BY_PLACE:  # sites of one place miss a tap together
@@ -61,7 +62,7 @@ def sparse_conv3d_fwd_kernel(
             )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias_ptr + columns, mask=column_ok, other=0.0).to(tl.float32)[None, :]
-    SITES: tl.constexpr = PATCH[0] * PATCH[1] * PATCH[2]
+    SITES: tl.constexpr = POOLED[0] * POOLED[1] * POOLED[2]
     out = (patch.to(tl.int64) * SITES + place)[:, None] * (GROUPS * OUT) + columns[None, :]
     tl.store(y_ptr + out, acc.to(y_ptr.dtype.element_ty), mask=ok[:, None] & column_ok[None, :])
 
@@ -87,7 +88,8 @@ def add_tap(
 @triton.jit(do_not_specialize=["num_patches"])
 def sparse_conv3d_depthwise_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, neighbours_ptr, order_ptr, num_patches,
-    PATCH: tl.constexpr, KERNEL: tl.constexpr, DILATION: tl.constexpr, MIRRORED: tl.constexpr,
+    PATCH: tl.constexpr, POOLED: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+    LOW: tl.constexpr, DILATION: tl.constexpr,
     CHANNELS: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -97,11 +99,11 @@ def sparse_conv3d_depthwise_fwd_kernel(
     """
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     column_ok = columns < CHANNELS
-    patch, place, ok = tile_sites(tl.program_id(0), order_ptr, num_patches, PATCH, False, BLOCK_M)
+    patch, place, ok = tile_sites(tl.program_id(0), order_ptr, num_patches, POOLED, False, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for tap in range(KERNEL[0] * KERNEL[1] * KERNEL[2]):
         row, found = source_rows(
-            patch, place, ok, tap, neighbours_ptr, PATCH, KERNEL, DILATION, MIRRORED
+            patch, place, ok, tap, neighbours_ptr, PATCH, POOLED, KERNEL, STRIDE, LOW, DILATION
         )
         a = tl.load(
             x_ptr + row[:, None] * CHANNELS + columns[None, :],
@@ -112,7 +114,7 @@ def sparse_conv3d_depthwise_fwd_kernel(
         weight_ptr += CHANNELS
     if HAS_BIAS:
         acc += tl.load(bias_ptr + columns, mask=column_ok, other=0.0).to(tl.float32)[None, :]
-    SITES: tl.constexpr = PATCH[0] * PATCH[1] * PATCH[2]
+    SITES: tl.constexpr = POOLED[0] * POOLED[1] * POOLED[2]
     out = (patch.to(tl.int64) * SITES + place)[:, None] * CHANNELS + columns[None, :]
     tl.store(y_ptr + out, acc.to(y_ptr.dtype.element_ty), mask=ok[:, None] & column_ok[None, :])
 
@@ -121,10 +123,10 @@ def forward(
     x: Tensor, neighbours: Tensor, order: Tensor, weight: Tensor, bias: Tensor | None,
     window: Window,
 ) -> Tensor:  # fmt: skip
-    """Return y [P, px, py, pz, C_out] of x [P, px, py, pz, C_in].
+    """Return y [P, qx, qy, qz, C_out] of x [P, px, py, pz, C_in]; q = patch / stride.
 
-    weight is torch's [C_out, C_in / groups, kx, ky, kz]; neighbours [P, ...] reaches as far as
-    window.reach says; order is PatchMask's.
+    weight is torch's [C_out, C_in / groups, kx, ky, kz]; neighbours [P, ...] reaches as far as the
+    window; order is PatchMask's.
     """
     packed = weight.flatten(2).permute(2, 1, 0).contiguous()  # [taps, C_in / groups, C_out]
     return _convolve(x, neighbours, order, packed, bias, window)
@@ -133,10 +135,13 @@ def forward(
 def input_gradient(
     dy: Tensor, neighbours: Tensor, order: Tensor, weight: Tensor, window: Window
 ) -> Tensor:
-    """Return dx [P, px, py, pz, C_in] of dy [P, px, py, pz, C_out], through the mirrored taps."""
+    """Return dx [P, px, py, pz, C_in] of dy [P, px, py, pz, C_out], through the mirrored taps.
+
+    The stride is 1; see backward_dx for others.
+    """
     packed = weight.flatten(2).flip(2).unflatten(0, (window.groups, -1))  # [G, OUT, IN, taps]
     packed = packed.permute(3, 1, 0, 2).flatten(2).contiguous()  # [taps, C_out / groups, C_in]
-    return _convolve(dy, neighbours, order, packed, None, window._replace(mirrored=True))
+    return _convolve(dy, neighbours, order, packed, None, window.mirrored)
 
 
 def _convolve(
@@ -144,7 +149,7 @@ def _convolve(
     window: Window,
 ) -> Tensor:  # fmt: skip
     x = features(x)
-    y = x.new_empty((*x.shape[:4], packed.shape[2]))
+    y = x.new_empty((x.shape[0], *window.pooled, packed.shape[2]))
     if y.numel() == 0:
         return y
     packed = packed.to(x.dtype)
@@ -161,8 +166,8 @@ def _launch(inputs: tuple, flags: dict[str, Any], window: Window) -> None:
     x, packed = inputs[:2]
     inner, outer = packed.shape[1], packed.shape[2] // window.groups
     row = tuning.pick(tuning.FORWARD, x, outer)
-    by_place = tuning.goes_by_place(window.patch, x.shape[0], row.tile_m)
-    tiles = triton.cdiv(window.num_sites(x), row.tile_m)
+    by_place = tuning.goes_by_place(window.pooled, x.shape[0], row.tile_m)
+    tiles = triton.cdiv(x.shape[0] * window.sites, row.tile_m)
     if by_place:
         tiles = triton.cdiv(x.shape[0], row.tile_m) * window.sites
     with device_of(x):
@@ -177,7 +182,7 @@ def _launch(inputs: tuple, flags: dict[str, Any], window: Window) -> None:
 def _launch_depthwise(inputs: tuple, flags: dict[str, Any], window: Window) -> None:
     x, channels = inputs[0], window.groups
     row = tuning.pick(tuning.DEPTHWISE, x, channels)
-    grid = (triton.cdiv(window.num_sites(x), row.tile_m), triton.cdiv(channels, row.tile_n))
+    grid = (triton.cdiv(x.shape[0] * window.sites, row.tile_m), triton.cdiv(channels, row.tile_n))
     with device_of(x):
         sparse_conv3d_depthwise_fwd_kernel[grid](
             *inputs, **flags, CHANNELS=channels, BLOCK_M=row.tile_m, BLOCK_C=row.tile_n,

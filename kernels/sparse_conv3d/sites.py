@@ -54,52 +54,52 @@ def end_bits(at, SIZE: tl.constexpr):
     return (at == 0).to(tl.int32) + 2 * (at == SIZE - 1).to(tl.int32)
 
 
+@triton.constexpr_function
+def reach_of(kernel, stride, low, dilation, size):
+    """Return how many patches of a size away a window reaches, 1 or more."""
+    after = dilation * (kernel - 1) + 1 - stride - low
+    return max(1, (max(low, after) + size - 1) // size)
+
+
 @triton.jit
 def tap_step(
-    at,
-    tap,
-    KERNEL: tl.constexpr,
-    DILATION: tl.constexpr,
-    MIRRORED: tl.constexpr,
-    SIZE: tl.constexpr,
-):
+    at, tap, KERNEL: tl.constexpr, STRIDE: tl.constexpr, LOW: tl.constexpr,
+    DILATION: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
     """Return along one axis the patch a tap falls into, 0 for the farthest, and the place there."""
-    SPAN: tl.constexpr = DILATION * (KERNEL - 1)
-    LOW: tl.constexpr = SPAN - SPAN // 2 if MIRRORED else SPAN // 2
-    REACH: tl.constexpr = reach_of(SPAN, SIZE)
-    moved = at + tap * DILATION - LOW + REACH * SIZE
+    moved = (
+        at * STRIDE + tap * DILATION - LOW + reach_of(KERNEL, STRIDE, LOW, DILATION, SIZE) * SIZE
+    )
     return moved // SIZE, moved % SIZE
 
 
-@triton.constexpr_function
-def reach_of(span, size):
-    """Return how many patches away a window reaches that is `span` voxels wider than one."""
-    return max(1, (span - span // 2 + size - 1) // size)
+@triton.jit
+def neighbour(
+    patch, ok, x, y, z, neighbours_ptr, PATCH: tl.constexpr, KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr, LOW: tl.constexpr, DILATION: tl.constexpr,
+):  # fmt: skip
+    """Return the row of the patch at x, y, z of a patch's neighbourhood; negative for none."""
+    RX: tl.constexpr = reach_of(KERNEL[0], STRIDE[0], LOW[0], DILATION[0], PATCH[0])
+    RY: tl.constexpr = reach_of(KERNEL[1], STRIDE[1], LOW[1], DILATION[1], PATCH[1])
+    RZ: tl.constexpr = reach_of(KERNEL[2], STRIDE[2], LOW[2], DILATION[2], PATCH[2])
+    entry = patch.to(tl.int64) * ((2 * RX + 1) * (2 * RY + 1) * (2 * RZ + 1))
+    entry += (x * (2 * RY + 1) + y) * (2 * RZ + 1) + z
+    return tl.load(neighbours_ptr + entry, mask=ok, other=-1)
 
 
 @triton.jit
 def source_rows(
-    patch,
-    place,
-    ok,
-    tap,
-    neighbours_ptr,
-    PATCH: tl.constexpr,
-    KERNEL: tl.constexpr,
-    DILATION: tl.constexpr,
-    MIRRORED: tl.constexpr,
-):
+    patch, place, ok, tap, neighbours_ptr, PATCH: tl.constexpr, POOLED: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, LOW: tl.constexpr, DILATION: tl.constexpr,
+):  # fmt: skip
     """Return the row of features that a tap reads for each site, and whether it is active."""
-    x, y, z = split_place(place, PATCH)
+    x, y, z = split_place(place, POOLED)
     tap_x, tap_y, tap_z = split_place(tap, KERNEL)
-    cell_x, x = tap_step(x, tap_x, KERNEL[0], DILATION[0], MIRRORED, PATCH[0])
-    cell_y, y = tap_step(y, tap_y, KERNEL[1], DILATION[1], MIRRORED, PATCH[1])
-    cell_z, z = tap_step(z, tap_z, KERNEL[2], DILATION[2], MIRRORED, PATCH[2])
-    REACH_X: tl.constexpr = 2 * reach_of(DILATION[0] * (KERNEL[0] - 1), PATCH[0]) + 1
-    REACH_Y: tl.constexpr = 2 * reach_of(DILATION[1] * (KERNEL[1] - 1), PATCH[1]) + 1
-    REACH_Z: tl.constexpr = 2 * reach_of(DILATION[2] * (KERNEL[2] - 1), PATCH[2]) + 1
-    entry = patch.to(tl.int64) * (REACH_X * REACH_Y * REACH_Z)
-    entry += (cell_x * REACH_Y + cell_y) * REACH_Z + cell_z
-    source = tl.load(neighbours_ptr + entry, mask=ok, other=-1)
+    cell_x, x = tap_step(x, tap_x, KERNEL[0], STRIDE[0], LOW[0], DILATION[0], PATCH[0])
+    cell_y, y = tap_step(y, tap_y, KERNEL[1], STRIDE[1], LOW[1], DILATION[1], PATCH[1])
+    cell_z, z = tap_step(z, tap_z, KERNEL[2], STRIDE[2], LOW[2], DILATION[2], PATCH[2])
+    source = neighbour(
+        patch, ok, cell_x, cell_y, cell_z, neighbours_ptr, PATCH, KERNEL, STRIDE, LOW, DILATION
+    )
     row = tl.maximum(source, 0).to(tl.int64) * (PATCH[0] * PATCH[1] * PATCH[2])
     return row + (x * PATCH[1] + y) * PATCH[2] + z, source >= 0

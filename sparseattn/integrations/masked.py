@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from sparseattn import checks
+from sparseattn.layers.sparse_conv3d import SparseConv3d, strided_obstacle
 from sparseattn.layers.sparse_downsample import SparseDownConv3d, down_obstacle
 from sparseattn.layers.sparse_norm import (
     SparseBatchNorm,
@@ -167,8 +168,10 @@ def _convolution(conv: nn.Conv3d) -> tuple[type[nn.Module] | None, str]:
     if set(conv.stride) == {1}:
         obstacle = dense_obstacle(conv)
         return (None, obstacle) if obstacle else (SubmanifoldConv3d, "")
-    obstacle = down_obstacle(conv)
-    return (None, f"conv has {obstacle}") if obstacle else (SparseDownConv3d, "")
+    if down_obstacle(conv) is None:
+        return SparseDownConv3d, ""
+    obstacle = strided_obstacle(conv)
+    return (None, f"conv has {obstacle}") if obstacle else (SparseConv3d, "")
 
 
 def _pool(pool: Any) -> tuple[type[nn.Module] | None, str]:

@@ -1,4 +1,4 @@
-"""Strided and transposed convolution of voxels as modules that take the weights of dense ones."""
+"""Strided and transposed convolution of sites as modules that take the weights of dense ones."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from sparseattn import checks
 from sparseattn.layers.submanifold_conv3d import SubmanifoldConv3d
-from sparseattn.ops.sparse_conv3d import sparse_conv3d
+from sparseattn.ops.sparse_conv3d import Sites, sparse_conv3d
 from sparseattn.ops.sparse_conv_transpose3d import sparse_conv_transpose3d
 from sparseattn.structures.voxel_tensor import VoxelTensor
 
 
 class SparseConv3d(nn.Conv3d):
-    """``nn.Conv3d`` on the voxels of a ``VoxelTensor``: :func:`sparseattn.sparse_conv3d`.
+    """``nn.Conv3d`` of a ``VoxelTensor`` or ``PatchGrid``: :func:`sparseattn.sparse_conv3d`.
 
     Constructor, parameters, their initial values and the state_dict are those of ``nn.Conv3d``.
     Padding is zeros, in numbers.
@@ -33,9 +33,9 @@ class SparseConv3d(nn.Conv3d):
         return _twin(cls, nn.Conv3d, conv)
 
     def forward(  # type: ignore[override]
-        self, x: VoxelTensor, out_sites: VoxelTensor | None = None
-    ) -> VoxelTensor:
-        """Convolve to the voxels of `out_sites`, or to all that read one of x."""
+        self, x: Sites, out_sites: VoxelTensor | None = None
+    ) -> Sites:
+        """Convolve to the voxels of `out_sites`, to all that read one of x, or to its patches."""
         _check_padding(type(self).__name__, self)
         return sparse_conv3d(
             x, self.weight, self.bias, stride=_three(self.stride), padding=_three(self.padding),
@@ -117,6 +117,20 @@ def _twin(cls: Any, kind: Any, conv: Any) -> Any:
     )  # fmt: skip
     twin.weight, twin.bias = conv.weight, conv.bias
     return twin.train(conv.training)
+
+
+def strided_obstacle(conv: nn.Conv3d) -> str | None:
+    """Return why a dense convolution has no twin on patches whose number of sites it divides."""
+    if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+        return f"padding={conv.padding!r}, padding_mode={conv.padding_mode!r}; expected zeros"
+    axes = zip(conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True)
+    if not all(2 * low < d * (k - 1) + 1 <= step + 2 * low for k, step, low, d in axes):
+        return (
+            f"kernel_size={conv.kernel_size} with stride={conv.stride}, padding={conv.padding} and "
+            f"dilation={conv.dilation}; expected 2 * padding < dilation * (kernel_size - 1) + 1 <= "
+            "stride + 2 * padding"
+        )
+    return None
 
 
 def _check_padding(op: str, conv: Any) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sparseattn import checks
 from sparseattn.ops import dispatch
+from sparseattn.ops.convolution_checks import require_pooling
 from sparseattn.structures.patch_grid import PatchGrid
 
 _OP = "SparseDownConv3d"
@@ -19,8 +20,8 @@ class SparseDownConv3d(nn.Conv3d):
 
     A window lies in one patch if the stride divides it, so this is a matrix product of the voxels
     of each window, for any device and dtype; patches get smaller and the mask stays. It is the
-    patch embedding and the downsampling of ConvNeXt-like encoders. Constructor, parameters and
-    state_dict are those of ``nn.Conv3d``.
+    patch embedding and the downsampling of ConvNeXt-like encoders; ``SparseConv3d`` has windows
+    that overlap. Constructor, parameters and state_dict are those of ``nn.Conv3d``.
     """
 
     def forward(self, x: PatchGrid) -> PatchGrid:  # type: ignore[override]
@@ -29,11 +30,11 @@ class SparseDownConv3d(nn.Conv3d):
             raise TypeError(f"{_OP}: x {checks.describe(x)}; expected a PatchGrid")
         if obstacle := down_obstacle(self):
             raise ValueError(f"{_OP}: {obstacle}")
-        if any(size % step for size, step in zip(x.patch, self.stride, strict=True)):
-            raise ValueError(
-                f"{_OP}: stride is {self.stride}; expected divisors of the patch, "
-                f"patch={x.patch} (from x)"
-            )
+        stride, what = (
+            checks.three(_OP, "stride", self.stride),
+            f"kernel_size is {self.kernel_size}",
+        )
+        require_pooling(_OP, x, what, self.kernel_size, stride, (0, 0, 0))
         if x.channels != self.in_channels:
             raise ValueError(f"{_OP}: x has {x.channels} channels; expected {self.in_channels}")
         features, weight = dispatch.autocast_inputs(x.features, self.weight)

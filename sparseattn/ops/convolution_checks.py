@@ -1,4 +1,4 @@
-"""What the convolutions check alike: features, weight, bias and groups."""
+"""What the convolutions check alike: features, weight, bias, groups and windows."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from sparseattn import checks
 from sparseattn.ops import dispatch
 from sparseattn.structures.patch_grid import PatchGrid
+from sparseattn.structures.site_lookup import Three, Window
 from sparseattn.structures.voxel_tensor import VoxelTensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -50,6 +51,34 @@ def operands(
                 f"expected the dtype of x, dtype={features.dtype} (from x)"
             )
     return features, cast[0], cast[1] if bias is not None else None
+
+
+def window_of(op: str, weight: Tensor, *, stride: Any, padding: Any, dilation: Any) -> Window:
+    """Check what says where a convolution reads, one number or three each; return the window."""
+    numbers = {"stride": stride, "padding": padding, "dilation": dilation}
+    steps, low, spread = (checks.three(op, n, v, int(n != "padding")) for n, v in numbers.items())
+    return Window((weight.shape[2], weight.shape[3], weight.shape[4]), steps, low, spread)
+
+
+def require_pooling(
+    op: str, x: PatchGrid, what: str, extent: tuple[int, ...], stride: Three, padding: Three
+) -> None:
+    """Raise ValueError unless the output has patches, too, with 1 / stride of the sites.
+
+    extent: how many voxels a window covers along each axis; `what` says so.
+    """
+    if any(size % step for size, step in zip(x.patch, stride, strict=True)):
+        raise ValueError(
+            f"{op}: stride is {stride}; expected divisors of the patch, patch={x.patch} (from x): "
+            "the output has patches again"
+        )
+    sides = zip(extent, stride, padding, strict=True)
+    if any(2 * pad >= size or size > step + 2 * pad for size, step, pad in sides):
+        raise ValueError(
+            f"{op}: {what} with stride={stride} and padding={padding}; expected "
+            "2 * padding < kernel_size <= stride + 2 * padding along each axis: the volume of the "
+            "output has 1 / stride of the voxels then"
+        )
 
 
 def unsupported(features: Tensor) -> list[str]:

@@ -82,12 +82,8 @@ def sparse_conv_transpose3d(
         _OP, x, weight, bias, groups, kinds=(VoxelTensor,), transposed=True
     )
     x = x.with_features(features)
-    numbers = {"stride": stride, "padding": padding, "output_padding": output_padding}
-    numbers["dilation"] = dilation
-    steps, low, more, spread = (
-        checks.three(_OP, n, v, int("padding" not in n)) for n, v in numbers.items()
-    )
-    window = Window((weight.shape[2], weight.shape[3], weight.shape[4]), steps, low, spread)
+    more = checks.three(_OP, "output_padding", output_padding, low=0)
+    window = operands.window_of(_OP, weight, stride=stride, padding=padding, dilation=dilation)
     smallest = _smallest(x.spatial_shape, window)
     if out_sites is None:
         shape = (smallest[0] + more[0], smallest[1] + more[1], smallest[2] + more[2])
@@ -101,7 +97,7 @@ def sparse_conv_transpose3d(
     chosen = operands.choose(_OP, impl, features)
     if chosen == "reference":
         with torch.autocast(features.device.type, enabled=False):
-            return reference(x, weight, bias, steps, low, more, spread, groups, out)
+            return reference(x, weight, bias, window, more, groups, out)
     turned = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)  # as a Conv3d's
     y = registered.convolve(
         features, turned, bias, out, x.sites, window, groups, chosen, upwards=True

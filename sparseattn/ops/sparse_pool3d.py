@@ -10,7 +10,7 @@ from torch import Tensor
 from sparseattn import checks
 from sparseattn.ops import dispatch
 from sparseattn.ops import sparse_pool3d_registration as registered
-from sparseattn.ops.convolution_checks import DTYPES
+from sparseattn.ops.convolution_checks import DTYPES, require_pooling
 from sparseattn.structures.patch_grid import PatchGrid
 
 Impl = Literal["auto", "triton", "torch", "reference"]
@@ -29,18 +29,7 @@ def check(
     kernel = checks.three(op, "kernel_size", kernel_size)
     steps = kernel if stride is None else checks.three(op, "stride", stride)
     pads = checks.three(op, "padding", padding, low=0)
-    if any(size % step for size, step in zip(x.patch, steps, strict=True)):
-        raise ValueError(
-            f"{op}: stride is {steps}; expected divisors of the patch, patch={x.patch} (from x): "
-            "what is pooled is a patch again"
-        )
-    sides = zip(kernel, steps, pads, strict=True)
-    if any(2 * pad >= size or size > step + 2 * pad for size, step, pad in sides):
-        raise ValueError(
-            f"{op}: kernel_size is {kernel} with stride={steps} and padding={pads}; expected "
-            "2 * padding < kernel_size <= stride + 2 * padding along each axis: the pooled volume "
-            "has 1 / stride of the voxels then"
-        )
+    require_pooling(op, x, f"kernel_size is {kernel}", kernel, steps, pads)
     if kernel[0] * kernel[1] * kernel[2] > MOST_TAPS:
         raise ValueError(f"{op}: kernel_size is {kernel}; expected at most {MOST_TAPS} taps")
     return kernel, steps, pads

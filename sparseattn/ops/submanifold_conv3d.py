@@ -7,15 +7,12 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from sparseattn import checks
 from sparseattn.ops import convolution_checks as operands
+from sparseattn.ops import patch_conv3d_registration as patches
 from sparseattn.ops import sparse_conv3d_registration as voxels
-from sparseattn.ops import submanifold_conv3d_registration as registered
-from sparseattn.ops.blocked.submanifold_conv3d import reach_of
 from sparseattn.ops.convolution_checks import unsupported as unsupported
 from sparseattn.reference.submanifold_conv3d import submanifold_conv3d as reference
 from sparseattn.structures.patch_grid import PatchGrid
-from sparseattn.structures.site_lookup import Window
 from sparseattn.structures.voxel_tensor import VoxelTensor
 
 _OP = "submanifold_conv3d"
@@ -83,26 +80,16 @@ def submanifold_conv3d(
     """
     kinds = (PatchGrid, VoxelTensor)
     features, weight, bias = operands.operands(_OP, x, weight, bias, groups, kinds=kinds)
-    steps = checks.three(_OP, "dilation", dilation)
+    window = operands.window_of(_OP, weight, stride=1, padding=0, dilation=dilation)
     x = x.with_features(features)
     chosen = operands.choose(_OP, impl, features)
     if chosen == "reference":
         with torch.autocast(features.device.type, enabled=False):
-            return reference(x, weight, bias, steps, groups)
-    spans = registered.spans(weight, steps)
-    if isinstance(x, VoxelTensor):
-        low = (spans[0] // 2, spans[1] // 2, spans[2] // 2)
-        kernel = (weight.shape[2], weight.shape[3], weight.shape[4])
-        window = Window(kernel, (1, 1, 1), low, steps)
-        return x.with_features(
-            voxels.convolve(features, weight, bias, x.sites, x.sites, window, groups, chosen)
-        )
-    reach = tuple(
-        reach_of(span // 2, span - span // 2, size)
-        for span, size in zip(spans, x.patch, strict=True)
+            return reference(x, weight, bias, window.dilation, groups)
+    spans = window.spans
+    window = window._replace(low=(spans[0] // 2, spans[1] // 2, spans[2] // 2))
+    if isinstance(x, PatchGrid):
+        return patches.convolve(x, weight, bias, window, groups, chosen)
+    return x.with_features(
+        voxels.convolve(features, weight, bias, x.sites, x.sites, window, groups, chosen)
     )
-    neighbours = x.mask.neighbour_rows((reach[0], reach[1], reach[2]))
-    out = registered.apply(
-        features, neighbours, x.mask.order, weight, bias, list(steps), groups, chosen
-    )
-    return x.with_features(out)

@@ -21,14 +21,17 @@ Convolve = Callable[..., Any]
 class ConvSpec:
     """What inputs to make.
 
-    channels: C_in and C_out. keep: active patches of every sample, or "ragged": another number in
-    each, the first sample none. layout: "contiguous"; "channels-first" in memory; "strided": every
-    other channel of a larger tensor. dy_layout: the same, or "scalar", as out.sum() sends.
+    channels: C_in and C_out. stride: None for a submanifold convolution. keep: active patches of
+    every sample, or "ragged": another number in each, the first sample none. layout: "contiguous";
+    "channels-first" in memory; "strided": every other channel of a larger tensor. dy_layout: the
+    same, or "scalar", as out.sum() sends.
     """
 
     patch: int | tuple[int, int, int]
     kernel: int | tuple[int, int, int] = 3
     channels: tuple[int, int] = (3, 5)
+    stride: int | tuple[int, int, int] | None = None
+    padding: int | tuple[int, int, int] = 0
     dilation: int | tuple[int, int, int] = 1
     groups: int = 1
     bias: bool = True
@@ -85,8 +88,9 @@ def make(
         mask = PatchMask.from_mask(scores < share)
     else:
         mask = PatchMask.from_scores(scores, spec.keep)
-    patch = (spec.patch,) * 3 if isinstance(spec.patch, int) else spec.patch
-    kernel = (spec.kernel,) * 3 if isinstance(spec.kernel, int) else spec.kernel
+    patch, kernel, stride = (
+        (n,) * 3 if isinstance(n, int) else n for n in (spec.patch, spec.kernel, spec.stride or 1)
+    )
     inner, outer = spec.channels
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -95,8 +99,11 @@ def make(
     features = normal(mask.num_patches, *patch, inner, scale=spec.input_scale)
     weight = normal(outer, inner // spec.groups, *kernel)
     bias = normal(outer) if spec.bias else None
-    dy = lay_out(normal(mask.num_patches, *patch, outer), spec.dy_layout)
-    options = {"dilation": spec.dilation, "groups": spec.groups}
+    pooled = (size // step for size, step in zip(patch, stride, strict=True))
+    dy = lay_out(normal(mask.num_patches, *pooled, outer), spec.dy_layout)
+    options: dict[str, Any] = {"dilation": spec.dilation, "groups": spec.groups}
+    if spec.stride is not None:
+        options |= {"stride": spec.stride, "padding": spec.padding}
     return ConvInputs(lay_out(features, spec.layout), mask.to(device), weight, bias, dy, options)
 
 

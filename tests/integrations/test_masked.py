@@ -136,9 +136,10 @@ def test_whole_pipelines_give_what_their_layers_give():
     """Conv, pool and strided conv: the dense modules with the mask after each."""
     model = nn.Sequential(
         nn.Conv3d(2, 4, 3, padding=1), nn.AvgPool3d(3, 2, 1), nn.LeakyReLU(), nn.MaxPool3d(3, 1, 1),
-        nn.Conv3d(4, 6, (1, 2, 2), stride=(2, 2, 2), groups=2),
+        nn.Conv3d(4, 6, 3, stride=2, padding=1, groups=2), nn.SiLU(),
+        nn.Conv3d(6, 6, (1, 2, 2), stride=(2, 2, 2), groups=2),
     )  # fmt: skip
-    mask, volume = draw(), torch.randn(2, 2, 8, 8, 8)
+    mask, volume = draw(), torch.randn(2, 2, 16, 16, 16)
     dense = copy.deepcopy(model)
     mask_after_every_op(dense, mask)
     active = active_voxels(volume, mask)
@@ -158,7 +159,11 @@ class Odd(nn.Module):
 
 REFUSED = {
     "transposed": (nn.ConvTranspose3d(2, 2, 2, stride=2), "no twin for this class"),
-    "overlapping": (nn.Conv3d(2, 2, 3, stride=2, padding=1), "expected kernel_size <= stride"),
+    "too wide": (nn.Conv3d(2, 2, 5, stride=2, padding=1), "expected 2 * padding < dilation"),
+    "no volume of half the size": (nn.Conv3d(2, 2, 3, stride=2), "expected 2 * padding <"),
+    "circular": (
+        nn.Conv3d(2, 2, 3, stride=2, padding=1, padding_mode="circular"), "expected zeros"
+    ),
     "valid padding": (nn.Conv3d(2, 2, 3), "expected stride 1 and padding"),
     "running": (nn.InstanceNorm3d(2, track_running_stats=True), "statistics of each sample"),
     "wide layer norm": (nn.LayerNorm((2, 2)), "expected channels alone"),

@@ -1,4 +1,7 @@
-"""submanifold_conv3d against dense x mask: every result and gradient, by the tolerance rule."""
+"""Convolutions of patches against dense x mask: every result and gradient, by the tolerance rule.
+
+submanifold_conv3d, and sparse_conv3d with a stride: they share kernels and checks, so tests, too.
+"""
 
 from functools import partial
 
@@ -8,14 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparseattn import PatchGrid, PatchMask, submanifold_conv3d
+from sparseattn import PatchGrid, PatchMask, sparse_conv3d, submanifold_conv3d
 from sparseattn.testing.convolution import ConvSpec as Spec
 from sparseattn.testing.convolution import check, make, run
 from sparseattn.testing.tolerance import judge, require
 
-REFERENCE = partial(submanifold_conv3d, impl="reference")
-TORCH = partial(submanifold_conv3d, impl="torch")
-TRITON = partial(submanifold_conv3d, impl="triton")
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -63,6 +63,38 @@ CASES = {
     "input-tenth": Spec(2, input_scale=0.1),
 }
 
+Strided = partial(Spec, stride=2, padding=1)
+STRIDED_CASES = {
+    **{f"p{p}": Strided(p, grid=(1, 2, 2), batch=1, keep=3) for p in (2, 4, 6, 8)},
+    "k2": Strided(4, 2, padding=0),
+    "k4": Strided(4, 4),
+    "k5": Strided(4, 5, padding=2),
+    "k1": Strided(2, 1, padding=0),
+    "k3-dilated": Strided(4, dilation=2, padding=2),
+    "k3-dilated-as-the-stride": Strided(6, stride=3, dilation=3, padding=3),
+    "stride-3-k3": Strided(6, stride=3),
+    "stride-4-k7": Strided(4, 7, stride=4, padding=3),
+    "stride-6-dilated-4": Strided(
+        6, (3, 1, 1), stride=(6, 2, 1), dilation=(4, 1, 1), padding=(4, 0, 0)
+    ),
+    "three-sizes": Strided((2, 6, 3), (3, 4, 3), stride=(2, 3, 1), padding=1),
+    "stride-1": Strided(2, stride=1),
+    "two-patches-away": Strided(2, (1, 7, 1), padding=(0, 3, 0), grid=(2, 5, 2)),
+    "depthwise": Strided(4, channels=(6, 6), groups=6),
+    "depthwise-p2": Strided(2, channels=(18, 18), groups=18),
+    "groups-2": Strided(4, channels=(6, 10), groups=2),
+    "multiplier": Strided(2, channels=(4, 12), groups=4),
+    "channels-18-33": Strided(2, channels=(18, 33), batch=1),
+    "channels-first": Strided(4, layout="channels-first", dy_layout="channels-first"),
+    "strided-memory": Strided(2, layout="strided", dy_layout="strided"),
+    "sum": Strided(4, dy_layout="scalar", bias=False),
+    "empty-sample": Strided(2, batch=3, keep="ragged"),
+    "no-patches": Strided(2, keep=0),
+    "no-samples": Strided(2, batch=0),
+    "full": Strided(4, keep=12),
+}  # fmt: skip
+CASES |= {f"strided-{name}": spec for name, spec in STRIDED_CASES.items()}
+
 # In the interpreter a tile takes milliseconds a tap: few sites, and each case has its branch.
 SMALL = {"batch": 1, "grid": (2, 2, 1), "keep": 3}
 TRITON_CASES = {
@@ -85,32 +117,62 @@ TRITON_CASES = {
     "full": Spec(2, (1, 3, 3), batch=1, grid=(1, 2, 2), keep=4),
     "no-bias": Spec(2, (3, 1, 1), bias=False, **SMALL),
     "strided": Spec(2, (3, 1, 1), layout="strided", dy_layout="channels-first", **SMALL),
+    "strided-k3": Strided(2, **SMALL),
+    "strided-k4": Strided((4, 2, 1), (4, 1, 3), stride=(2, 2, 1), padding=(1, 0, 1), **SMALL),
+    "strided-dilated": Strided(
+        (6, 1, 1), (3, 1, 1), stride=(6, 1, 1), dilation=(4, 1, 1), padding=(4, 0, 0), **SMALL
+    ),
+    "strided-groups-2": Strided((2, 2, 4), (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1),
+                                channels=(6, 10), groups=2, **SMALL),
+    "strided-channels-80-72": Strided((1, 1, 4), (1, 1, 3), stride=(1, 1, 2), padding=(0, 0, 1),
+                                      channels=(80, 72), **SMALL),
+    "strided-depthwise": Strided(2, channels=(6, 6), groups=6, **SMALL),
+    "strided-depthwise-wide": Strided((4, 1, 1), (3, 1, 1), stride=(2, 1, 1), padding=(1, 0, 0),
+                                      channels=(80, 80), groups=80, **SMALL),
+    "strided-empty-sample": Strided((1, 2, 2), (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1),
+                                    batch=3, grid=(2, 2, 1), keep="ragged"),
+    "strided-no-patches": Strided(2, keep=0),
+    "strided-by-place": Strided((1, 4, 1), (1, 3, 1), stride=(1, 2, 1), padding=(0, 1, 0),
+                                grid=(5, 4, 8), keep=130),
     "by-place": Spec((1, 2, 1), (1, 3, 1), grid=(5, 4, 8), keep=130),
-}
+}  # fmt: skip
+
+
+def op_of(spec):
+    return submanifold_conv3d if spec.stride is None else sparse_conv3d
+
+
+def compare(spec, impl, dtype=torch.float32, device="cpu"):
+    op = op_of(spec)
+    check(partial(op, impl=impl), partial(op, impl="reference"), make(spec, dtype, device))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_torch_path(case):
-    check(TORCH, REFERENCE, make(CASES[case]))
+    compare(CASES[case], "torch")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("case", CASES)
 def test_torch_path_in_other_dtypes(case, dtype):
-    check(TORCH, REFERENCE, make(CASES[case], dtype))
+    compare(CASES[case], "torch", dtype)
 
 
 @pytest.mark.parametrize("case", TRITON_CASES)
 def test_triton_path(case):
-    check(TRITON, REFERENCE, make(TRITON_CASES[case], device=TRITON_DEVICE))
+    compare(TRITON_CASES[case], "triton", device=TRITON_DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("case", ["k2", "depthwise-multiplier", "channels-18-33", "empty-sample"])
+@pytest.mark.parametrize(
+    "case",
+    ["k2", "depthwise-multiplier", "channels-18-33", "empty-sample", "strided-k4",
+     "strided-depthwise"],
+)  # fmt: skip
 def test_triton_path_in_16_bits(case, dtype):
     # the interpreter's own bfloat16 arithmetic is wrong; the launcher raises inputs to float32
-    check(TRITON, REFERENCE, make(TRITON_CASES[case], dtype, TRITON_DEVICE))
+    compare(TRITON_CASES[case], "triton", dtype, TRITON_DEVICE)
 
 
 def test_weight_gradient_in_splits(monkeypatch):
@@ -119,17 +181,17 @@ def test_weight_gradient_in_splits(monkeypatch):
     monkeypatch.setattr(tuning, "SPLIT_SITES", 32)
     assert tuning.splits(100, 32, 1) == (100, 1) and tuning.splits(100, 32, 100) == (10, 10)
     spec = Spec((5, 5, 3), (1, 1, 3), **SMALL)
-    check(TRITON, REFERENCE, make(spec, device=TRITON_DEVICE))
+    compare(spec, "triton", device=TRITON_DEVICE)
     spec = Spec((5, 5, 3), (1, 1, 3), channels=(4, 4), groups=4, **SMALL)
-    check(TRITON, REFERENCE, make(spec, device=TRITON_DEVICE))
+    compare(spec, "triton", device=TRITON_DEVICE)
 
 
-@pytest.mark.parametrize("case", ["k3-p2", "k3-p4", "groups-2", "depthwise-p8"])
+@pytest.mark.parametrize("case", ["k3-p2", "k3-p4", "groups-2", "depthwise-p8", "strided-p4"])
 def test_small_workspaces_give_the_same(case, monkeypatch):
-    from sparseattn.ops.blocked import submanifold_conv3d as blocked
+    from sparseattn.ops.blocked import patch_conv3d as blocked
 
     monkeypatch.setattr(blocked, "WORKSPACE", 1)  # one patch at a time
-    check(TORCH, REFERENCE, make(CASES[case]))
+    compare(CASES[case], "torch")
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
@@ -141,7 +203,8 @@ def test_equals_dense_convolution_times_mask(groups, impl):
     volume = torch.randn(2, 4, 4, 3, 4, dtype=torch.float32)
     weight, bias = torch.randn(4, 4 // groups, 3, 1, 3), torch.randn(4)
     x = PatchGrid.from_dense(volume.masked_fill(~active, torch.nan), mask)
-    y = submanifold_conv3d(x, weight, bias, groups=groups, impl=impl).to_dense()
+    options = {"groups": groups, "impl": impl}
+    y = submanifold_conv3d(x, weight, bias, **options).to_dense()
 
     def dense(dtype):
         tensors = (t.to(dtype) for t in (volume * active, weight, bias))
@@ -150,11 +213,21 @@ def test_equals_dense_convolution_times_mask(groups, impl):
     naive, truth = dense(torch.float32), dense(torch.float64)
     require(judge("y", y, naive, truth))
     assert (y[(~active).expand_as(y)] == 0).all()
+    half = sparse_conv3d(x, weight, bias, stride=(2, 3, 2), padding=(1, 0, 1), **options)
+    shown = active[..., ::2, ::3, ::2]
+
+    def strided(dtype):
+        tensors = (t.to(dtype) for t in (volume * active, weight, bias))
+        return F.conv3d(*tensors, stride=(2, 3, 2), padding=(1, 0, 1), groups=groups) * shown
+
+    naive, truth = strided(torch.float32), strided(torch.float64)
+    require(judge("strided", half.to_dense(), naive, truth))
 
 
 def test_automatic_choice_is_the_torch_path_on_a_cpu():
     inputs = make(CASES["k3-p2"])
-    auto, chosen = run(submanifold_conv3d, inputs), run(TORCH, inputs)
+    auto = run(submanifold_conv3d, inputs)
+    chosen = run(partial(submanifold_conv3d, impl="torch"), inputs)
     assert all(torch.equal(auto[name], chosen[name]) for name in chosen)
 
 
@@ -162,10 +235,22 @@ def test_automatic_choice_is_the_torch_path_on_a_cpu():
 def specs(draw):
     groups = draw(st.sampled_from([1, 1, 2, 3]))
     sizes = st.tuples(*[st.integers(1, 4)] * 3)
+    patch, kernel = draw(sizes), draw(sizes)
+    dilation = draw(st.tuples(*[st.integers(1, 3)] * 3))
+    window = {}
+    if draw(st.booleans()):  # a stride and a padding that the window allows
+        stride = draw(st.tuples(*[st.integers(1, 4)] * 3))
+        extents = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+        patch = tuple(-(-p // s) * s for p, s in zip(patch, stride, strict=True))
+        padding = tuple((e - 1) // 2 for e in extents)
+        fits = all(e <= s + 2 * low for e, s, low in zip(extents, stride, padding, strict=True))
+        hypothesis.assume(fits)
+        window = {"stride": stride, "padding": padding}
     return Spec(
-        patch=draw(sizes),
-        kernel=draw(sizes),
-        dilation=draw(st.tuples(*[st.integers(1, 3)] * 3)),
+        patch=patch,
+        kernel=kernel,
+        **window,
+        dilation=dilation,
         channels=(groups * draw(st.integers(1, 4)), groups * draw(st.integers(1, 4))),
         groups=groups,
         bias=draw(st.booleans()),
@@ -186,7 +271,7 @@ QUICK = hypothesis.settings(
 @hypothesis.settings(QUICK, max_examples=15)
 @hypothesis.given(specs())
 def test_torch_path_on_random_inputs(spec):
-    check(TORCH, REFERENCE, make(spec))
+    compare(spec, "torch")
 
 
 # HySparK's encoder: 54 of 6 x 6 x 6 patches, a quarter of the volume
@@ -202,6 +287,5 @@ LEVELS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 def test_levels_of_hyspark(level):
-    inputs = make(LEVELS[level])
-    assert inputs.mask.to_dense().float().mean() == 0.25
-    check(TORCH, REFERENCE, inputs)
+    assert make(LEVELS[level]).mask.to_dense().float().mean() == 0.25
+    compare(LEVELS[level], "torch")

@@ -1,4 +1,4 @@
-"""submanifold_conv3d's promises: derivatives, equal bits, compile, autocast, errors."""
+"""What convolutions of patches promise: derivatives, equal bits, compile, autocast, errors."""
 
 import re
 from dataclasses import replace
@@ -10,7 +10,8 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparseattn import PatchGrid, PatchMask, submanifold_conv3d
+from sparseattn import PatchGrid, PatchMask, VoxelTensor, sparse_conv3d, submanifold_conv3d
+from sparseattn.structures.site_lookup import Window
 from sparseattn.testing.convolution import ConvSpec as Spec
 from sparseattn.testing.convolution import make, run
 
@@ -18,6 +19,8 @@ IMPLS = ["torch", "triton"]
 DEVICES = {"torch": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
 SMALL = Spec((1, 2, 2), (1, 3, 2), channels=(4, 6), groups=2, grid=(2, 2, 1), keep=3)
 DEPTHWISE = replace(SMALL, channels=(3, 3), groups=3)
+STRIDED = replace(SMALL, stride=(1, 2, 1), padding=(0, 1, 0), kernel=(1, 3, 1))
+STRIDED_DEPTHWISE = replace(STRIDED, channels=(3, 3), groups=3)
 
 
 @pytest.fixture(autouse=True)
@@ -27,20 +30,26 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+def op(inputs, impl="auto"):
+    convolve = sparse_conv3d if "stride" in inputs.options else submanifold_conv3d
+    return partial(convolve, impl=impl)
+
+
 def apply(inputs, impl, **changes):
     """Call the op on tensors that may have been replaced."""
-    got = {
-        name: changes.get(name, getattr(inputs, name)) for name in ("features", "weight", "bias")
-    }
-    x = PatchGrid(got["features"], inputs.mask)
-    return submanifold_conv3d(x, got["weight"], got["bias"], **inputs.options, impl=impl).features
+    names = ("features", "weight", "bias")
+    got = {name: changes.get(name, getattr(inputs, name)) for name in names}
+    x = inputs.place(got["features"])
+    return op(inputs, impl)(x, got["weight"], got["bias"], **inputs.options).features
 
 
 # -- derivatives -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
-@pytest.mark.parametrize("spec", [SMALL, DEPTHWISE, Spec(1, grid=(2, 2, 2), keep=3)])
+@pytest.mark.parametrize(
+    "spec", [SMALL, DEPTHWISE, STRIDED, STRIDED_DEPTHWISE, Spec(1, grid=(2, 2, 2), keep=3)]
+)
 def test_gradcheck(spec, impl):
     inputs = make(spec, torch.float64)
     leaves = [t.requires_grad_() for t in (inputs.features, inputs.weight, inputs.bias)]
@@ -65,46 +74,53 @@ def test_second_derivative_is_refused(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("spec", [SMALL, STRIDED])
 @pytest.mark.parametrize("wanted", ["features", "weight", "bias"])
-def test_gradient_of_one_input_alone(wanted, impl):
-    inputs = make(SMALL, device=DEVICES[impl])
+def test_gradient_of_one_input_alone(wanted, spec, impl):
+    inputs = make(spec, device=DEVICES[impl])
     leaf = getattr(inputs, wanted).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(apply(inputs, impl, **{wanted: leaf}), leaf, inputs.dy)
-    assert torch.equal(gradient, run(partial(submanifold_conv3d, impl=impl), inputs)[f"d{wanted}"])
+    assert torch.equal(gradient, run(op(inputs, impl), inputs)[f"d{wanted}"])
 
 
 # -- equal bits --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("spec", [SMALL, DEPTHWISE, Spec((5, 5, 3), (1, 1, 2), batch=1, keep=2)])
+@pytest.mark.parametrize(
+    "spec",
+    [SMALL, DEPTHWISE, STRIDED, STRIDED_DEPTHWISE, Spec((5, 5, 3), (1, 1, 2), batch=1, keep=2)],
+)
 def test_two_equal_runs_give_equal_bits(spec, impl):
-    convolve, inputs = partial(submanifold_conv3d, impl=impl), make(spec, device=DEVICES[impl])
+    inputs = make(spec, device=DEVICES[impl])
+    convolve = op(inputs, impl)
     first, second = run(convolve, inputs), run(convolve, inputs)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("other", [7.0, torch.nan, torch.inf])
-@pytest.mark.parametrize("spec", [SMALL, DEPTHWISE])
+@pytest.mark.parametrize("spec", [SMALL, DEPTHWISE, STRIDED])
 def test_a_sample_does_not_depend_on_its_batch_mates(spec, other, impl):
     inputs = make(spec, device=DEVICES[impl])
     changed = replace(inputs, features=inputs.features.clone(), dy=inputs.dy.clone())
     changed.features[3:], changed.dy[3:] = other, other
-    convolve = partial(submanifold_conv3d, impl=impl)
-    first, second = run(convolve, inputs), run(convolve, changed)
+    first, second = (run(op(inputs, impl), given) for given in (inputs, changed))
     for name in ("y", "dfeatures"):
         assert torch.equal(first[name][:3], second[name][:3])
         assert not torch.equal(first[name][3:], second[name][3:])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_a_missing_neighbour_never_meets_inf(impl):
+@pytest.mark.parametrize(
+    ("spec", "impl"),  # in the halo of a strided convolution torch itself multiplies zeros
+    [(SMALL, "torch"), (SMALL, "triton"), (STRIDED, "triton")],
+)
+def test_a_missing_neighbour_never_meets_inf(spec, impl):
     """Nothing is multiplied by a zero that stands in for a missing site."""
-    inputs = make(replace(SMALL, keep=1, batch=1), device=DEVICES[impl])
+    inputs = make(replace(spec, keep=1, batch=1), device=DEVICES[impl])
     inputs = replace(inputs, dy=torch.full_like(inputs.dy, torch.inf))
-    found = run(partial(submanifold_conv3d, impl=impl), inputs)
-    hidden = run(partial(submanifold_conv3d, impl="torch"), replace(inputs, dy=inputs.dy * 0 + 1))
+    found = run(op(inputs, impl), inputs)
+    hidden = run(op(inputs, "torch"), replace(inputs, dy=torch.ones_like(inputs.dy)))
     assert torch.equal(found["dweight"] == 0, hidden["dweight"] == 0)
 
 
@@ -123,27 +139,30 @@ def test_inputs_are_left_as_they_are(impl):
 TINY = replace(SMALL, patch=(1, 1, 2), kernel=(1, 1, 3))
 
 
+@pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize(
     ("impl", "layout"), [("torch", "contiguous"), ("torch", "strided"), ("triton", "strided")]
 )
-def test_opcheck(layout, impl):
-    inputs = make(replace(TINY, layout=layout, dy_layout=layout), device=DEVICES[impl])
-    mask = inputs.mask
+def test_opcheck(layout, impl, step):
+    spec = replace(TINY, layout=layout, dy_layout=layout, stride=(1, 1, step), padding=(0, 0, 1))
+    inputs = make(spec, device=DEVICES[impl])
+    mask, window = inputs.mask, Window((1, 1, 3), (1, 1, step), (0, 0, 1), (1, 1, 1))
     arguments = (inputs.features, mask.neighbours, mask.order, inputs.weight)
-    options = ([1, 1, 1], 2, impl)
+    options = ([1, 1, 1], window.pack(), 2, impl)
     ops = torch.ops.sparseattn
-    torch.library.opcheck(ops.submanifold_conv3d.default, (*arguments, inputs.bias, *options))
+    torch.library.opcheck(ops.patch_conv3d.default, (*arguments, inputs.bias, *options))
     for needs in ((True, True, True), (False, False, True), (True, False, False)):
         torch.library.opcheck(
-            ops.submanifold_conv3d_backward.default, (inputs.dy, *arguments, *options, *needs)
+            ops.patch_conv3d_backward.default, (inputs.dy, *arguments, *options, *needs)
         )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiles_whole_and_gives_the_same(backend, impl):
-    inputs = make(SMALL, device=DEVICES[impl])
-    convolve = partial(submanifold_conv3d, impl=impl)
+@pytest.mark.parametrize("spec", [SMALL, STRIDED])
+def test_compiles_whole_and_gives_the_same(spec, backend, impl):
+    inputs = make(spec, device=DEVICES[impl])
+    convolve = op(inputs, impl)
     compiled = torch.compile(convolve, fullgraph=True, backend=backend)
     expected, found = run(convolve, inputs), run(compiled, inputs)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -154,7 +173,8 @@ def test_one_graph_serves_a_new_mask_at_every_step():
 
     def step(volume, scores, weight):
         x = PatchGrid.from_dense(volume, PatchMask.from_scores(scores, 3))
-        return submanifold_conv3d(submanifold_conv3d(x, weight), weight, dilation=2).to_dense()
+        x = submanifold_conv3d(submanifold_conv3d(x, weight), weight, dilation=2)
+        return sparse_conv3d(x, weight, stride=2, padding=1).to_dense()
 
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     weight = torch.randn(2, 2, 3, 3, 3, requires_grad=True)
@@ -167,12 +187,13 @@ def test_one_graph_serves_a_new_mask_at_every_step():
     assert counter.frame_count == 1
 
 
-def test_fake_tensors_have_the_shapes_of_real_ones():
-    inputs = make(SMALL)
+@pytest.mark.parametrize("spec", [SMALL, STRIDED])
+def test_fake_tensors_have_the_shapes_of_real_ones(spec):
+    inputs = make(spec)
     with FakeTensorMode() as mode:
         fake = replace(inputs.map(mode.from_tensor), mask=inputs.mask.map(mode.from_tensor))
-        found = run(submanifold_conv3d, fake)
-    expected = run(submanifold_conv3d, inputs)
+        found = run(op(inputs), fake)
+    expected = run(op(inputs), inputs)
     assert {n: (t.shape, t.stride(), t.dtype) for n, t in found.items()} == {
         n: (t.shape, t.stride(), t.dtype) for n, t in expected.items()
     }
@@ -190,10 +211,11 @@ def test_autocast_computes_in_its_dtype():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_flop_counter_counts_all_taps(impl):
-    inputs = make(SMALL, device=DEVICES[impl])
+@pytest.mark.parametrize("spec", [SMALL, STRIDED])
+def test_flop_counter_counts_all_taps(spec, impl):
+    inputs = make(spec, device=DEVICES[impl])
     features, weight = inputs.features.requires_grad_(), inputs.weight.requires_grad_()
-    sites, taps = inputs.features.shape[:4].numel(), 1 * 3 * 2
+    sites, taps = inputs.dy.shape[:4].numel(), 1 * 3 * (2 if spec is SMALL else 1)
     with FlopCounterMode(display=False) as forward:
         y = apply(inputs, impl, features=features, weight=weight)
     with FlopCounterMode(display=False) as backward:
@@ -210,6 +232,7 @@ def test_flop_counter_counts_all_taps(impl):
 MASK = PatchMask.from_mask(torch.ones(1, 1, 1, 2, dtype=torch.bool))
 X = PatchGrid(torch.randn(2, 2, 2, 2, 4), MASK)
 W = torch.randn(6, 4, 3, 3, 3)
+OTHER = VoxelTensor(torch.ones(0, 1), torch.ones(0, 4).int(), (1, 1, 1), 1)
 WRONG = [
     ((X.features, W), {}, TypeError,
      "x has shape [2, 2, 2, 2, 4]; expected a PatchGrid or a VoxelTensor"),
@@ -245,6 +268,30 @@ WRONG = [
     ((X.to(torch.float64), W.double()), {"impl": "triton"}, NotImplementedError,
      "impl='triton' cannot run this: dtype is float64; expected float32, float16 or bfloat16"),
 ]  # fmt: skip
+
+
+WRONG_STRIDED = [
+    ((X, W), {"stride": 3}, ValueError,
+     "stride is (3, 3, 3); expected divisors of the patch, patch=(2, 2, 2) (from x): the output "
+     "has patches again"),
+    ((X, W), {"stride": 2}, ValueError,
+     "weight has kernel_size=(3, 3, 3), dilated, with stride=(2, 2, 2) and padding=(0, 0, 0); "
+     "expected 2 * padding < kernel_size <= stride + 2 * padding along each axis: the volume of "
+     "the output has 1 / stride of the voxels then"),
+    ((X, W), {"stride": 2, "padding": 2, "dilation": (2, 1, 2)}, ValueError,
+     "weight has kernel_size=(5, 3, 5), dilated, with stride=(2, 2, 2) and padding=(2, 2, 2); "
+     "expected 2 * padding < kernel_size <= stride + 2 * padding along each axis: the volume of "
+     "the output has 1 / stride of the voxels then"),
+    ((X, W), {"stride": 2, "padding": 1, "out_sites": OTHER}, ValueError,
+     "out_sites is a VoxelTensor; expected None, since the output has the patches of x, a "
+     "PatchGrid"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "options", "kind", "message"), WRONG_STRIDED)
+def test_errors_of_strides(arguments, options, kind, message):
+    with pytest.raises(kind, match=f"^sparse_conv3d: {re.escape(message)}$"):
+        sparse_conv3d(*arguments, **options)
 
 
 @pytest.mark.parametrize(("arguments", "options", "kind", "message"), WRONG)

@@ -1,4 +1,4 @@
-"""Cases of sparse_conv3d: new voxels in each call, strided or not, depthwise, odd windows."""
+"""Cases of sparse_conv3d: new voxels in each call, strides, depthwise, odd windows; patches."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from torch import Tensor
 
 from proof import sums
 from proof.case import BFLOAT16, Arguments, Case, Size
+from proof.cases import submanifold_conv3d as patches
 from sparseattn.ops.sparse_conv3d import sparse_conv3d
 from sparseattn.ops.sparse_conv_transpose3d import sparse_conv_transpose3d
 from sparseattn.ops.submanifold_conv3d import submanifold_conv3d
 from sparseattn.structures.voxel_tensor import VoxelTensor
+from sparseattn.testing.convolution import ConvSpec
 from sparseattn.testing.voxels import VoxelSpec as Spec
 
 OPS: dict[str, Any] = {
@@ -85,6 +87,30 @@ Down = partial(Spec, "sparse_conv3d", stride=2, padding=1, out="random")
 SMALL = {"shape": (3, 4, 3), "out_shape": (1, 2, 2)}
 WIDE = {"shape": (48, 48, 48), "out_shape": (24, 24, 24)}
 SAME = {"shape": (48, 48, 48)}
+FAR = {"shape": (272, 256, 256)}  # more than 2^24 cells: a hash table
+Half = partial(ConvSpec, stride=2, padding=1)
+ENCODER = {"batch": 2, "grid": (6, 6, 6), "keep": 54}
+PATCHES = (
+    patches.case(
+        "patches", "small",
+        Half((2, 2, 1), (3, 3, 1), (3, 17), (2, 2, 1), (1, 1, 0), grid=(2, 2, 1), keep=3),
+    ),
+    patches.case(
+        "patches-depthwise", "small",
+        Half((2, 1, 2), (3, 1, 3), (6, 6), (2, 1, 2), (1, 0, 1), groups=6, grid=(2, 2, 1), keep=3),
+    ),
+    patches.case("patches-p16", "full", Half(16, channels=(32, 64), **ENCODER)),
+    patches.case("patches-p4", "full", Half(4, channels=(128, 256), **ENCODER)),
+    patches.case(
+        "patches-depthwise-p16", "full", Half(16, channels=(32, 32), groups=32, **ENCODER)
+    ),
+    patches.case("patches-k5-odd-channels", "edge", Half(6, 5, channels=(18, 33), padding=2)),
+    patches.case("patches-stride-3-dilated", "edge", Half(6, 3, (16, 48), 3, 2, dilation=2)),
+    patches.case("patches-groups-2", "edge", Half(4, channels=(64, 80), groups=2)),
+    patches.case("patches-k2", "edge", Half(8, 2, channels=(64, 64), padding=0)),
+    patches.case("patches-empty-sample", "edge", Half(2, channels=(64, 8), batch=3, keep="ragged")),
+    patches.case("patches-none", "edge", Half(2, keep=0)),
+)  # fmt: skip
 HUGE = Spec(kernel=(1, 1, 3), channels=(64, 64), shape=(192, 192, 192), batch=8)
 CASES = (
     case("submanifold", "small", Spec(kernel=(3, 1, 3), channels=(3, 17), shape=(3, 4, 3)), 9),
@@ -105,5 +131,11 @@ CASES = (
     case("full", "edge", Spec(channels=(32, 32), shape=(16, 16, 16)), 4096),
     case("one-voxel", "edge", Spec(channels=(32, 32), **SAME), 1),
     case("no-voxels", "edge", Spec(channels=(32, 32), **SAME), 0),
+    case("hash-k3", "edge", Spec(channels=(2, 3), **FAR), 20_000),
+    case(
+        "hash-strided", "edge",
+        Down(channels=(3, 2), **FAR, out_shape=(136, 128, 128)), 20_000, 9_000,
+    ),
+    *PATCHES,
     case("huge", "huge", HUGE, 4_300_000, dtypes=(BFLOAT16,)),
 )  # fmt: skip

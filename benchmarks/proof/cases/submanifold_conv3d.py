@@ -1,4 +1,7 @@
-"""Cases of submanifold_conv3d: levels of HySparK's encoder, depthwise and not, and odd windows."""
+"""Cases of submanifold_conv3d: levels of HySparK's encoder, depthwise and not, and odd windows.
+
+`case` serves `sparse_conv3d` of patches, too.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from proof import sums
 from proof.case import BFLOAT16, Arguments, Case, Size
+from sparseattn.ops.sparse_conv3d import sparse_conv3d
 from sparseattn.ops.submanifold_conv3d import submanifold_conv3d
 from sparseattn.structures.patch_grid import PatchGrid
 from sparseattn.structures.patch_mask import PatchMask
@@ -18,15 +22,15 @@ from sparseattn.testing.convolution import ConvSpec as Spec
 
 def convolve(
     impl: Any, where: Tensor | PatchMask, features: Tensor, weight: Tensor, bias: Tensor | None,
-    dilation: Any, groups: int,
+    **options: Any,
 ) -> Tensor:  # fmt: skip
     """Convolve [B, keep, px, py, pz, C] on the patches of highest score; or [P, ...] on a mask."""
     if isinstance(where, PatchMask):
         rows, mask = features, where
     else:  # at every step a new mask, as in masked image modelling
         rows, mask = features.flatten(0, 1), PatchMask.from_scores(where, features.shape[1])
-    options = {"dilation": dilation, "groups": groups, "impl": impl}
-    y = submanifold_conv3d(PatchGrid(rows, mask), weight, bias, **options).features
+    op = sparse_conv3d if "stride" in options else submanifold_conv3d
+    y = op(PatchGrid(rows, mask), weight, bias, **options, impl=impl).features
     return y.unflatten(0, features.shape[:-4])
 
 
@@ -39,6 +43,7 @@ def case(name: str, size: Size, spec: Spec, **more: Any) -> Case:
     kernel = (spec.kernel,) * 3 if isinstance(spec.kernel, int) else spec.kernel
     inner, outer = spec.channels
     ragged = spec.keep == "ragged"
+    steps = {} if spec.stride is None else {"stride": spec.stride, "padding": spec.padding}
 
     def make(dtype: torch.dtype, device: torch.device, seed: int) -> Arguments:
         random = torch.Generator(device).manual_seed(spec.seed + seed)
@@ -56,7 +61,7 @@ def case(name: str, size: Size, spec: Spec, **more: Any) -> Case:
             "where": where, "features": normal(*lead, *patch, inner),
             "weight": normal(outer, inner // spec.groups, *kernel),
             "bias": normal(outer) if spec.bias else None,
-            "dilation": spec.dilation, "groups": spec.groups,
+            "dilation": spec.dilation, "groups": spec.groups, **steps,
         }  # fmt: skip
 
     return Case(

@@ -11,10 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparseattn.ops.blocked.patch_conv3d import WORKSPACE, Sides, halo_index
 from sparseattn.ops.blocked.plan import accumulate_dtype
-from sparseattn.ops.blocked.submanifold_conv3d import WORKSPACE, halo_index
-
-Sides = list[tuple[int, int, int]]
 
 
 class Pool(NamedTuple):
