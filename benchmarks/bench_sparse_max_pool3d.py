@@ -23,9 +23,9 @@ def build(
     case: Case,
     sparse: Callable[..., PatchGrid] = sparse_max_pool3d,
     dense: Callable[..., Tensor] = max_pool3d,
-    reduce: Callable[[Tensor], Tensor] = lambda windows: windows.amax(1),
+    reduce: Callable[[Tensor], Tensor] = lambda windows: windows.max(1).values,
 ) -> Problem:
-    """Make one level with random values; `reduce` pools windows [rows, 8, C]."""
+    """Make one level with random values; `reduce` pools windows [rows, 8, C], first one first."""
     random, channels = case.generator(), CHANNELS[case["size"]]
     patch, batch = case["size"] // GRID, case["batch"]
     scores = torch.rand((batch, GRID, GRID, GRID), generator=random, device=case.device)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sparseattn import PatchGrid, PatchMask, sparse_avg_pool3d
-from sparseattn.testing.patches import FEW, POOLS, check_pool
+from sparseattn.testing.patches import FEW, POOLS, PoolSpec, check_pool
+from sparseattn.testing.tolerance import judge, require
 
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DIVISORS = {"window": {}, "inside": {"count_include_pad": False}, "own": {"divisor_override": 7}}
@@ -37,6 +39,24 @@ def test_triton_path(case):
 def test_triton_path_in_16_bits(dtype):
     spec = POOLS["aligned-to-one-voxel"]
     check_pool(sparse_avg_pool3d, spec, spec.grid_of(dtype, TRITON_DEVICE), impl="triton")
+
+
+@pytest.mark.parametrize("divisor", DIVISORS)
+@pytest.mark.parametrize("case", ["aligned", "overlapping", "gaps", "empty-sample"])
+def test_the_reference_is_torch_s_own_pool(case, divisor):
+    spec = POOLS[case]
+    x, window = spec.grid_of(torch.float64), spec.window | DIVISORS[divisor]
+    dense = PatchGrid.from_dense(F.avg_pool3d(x.to_dense(), **window), x.mask)
+    found = sparse_avg_pool3d(x, **window, impl="reference")
+    require(judge("y", found.features, dense.features, dense.features))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_reference_takes_small_volumes_and_16_bits(dtype):
+    spec = PoolSpec(1, (1, 1, 5), 1, (0, 0, 2), grid=(2, 3, 2))
+    x = spec.grid_of(dtype)
+    check_pool(sparse_avg_pool3d, spec, x, impl="torch")
+    assert sparse_avg_pool3d(x, **spec.window, impl="reference").dtype == dtype
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton", "reference"])

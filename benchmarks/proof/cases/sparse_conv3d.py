@@ -93,11 +93,15 @@ ENCODER = {"batch": 2, "grid": (6, 6, 6), "keep": 54}
 PATCHES = (
     patches.case(
         "patches", "small",
-        Half((2, 2, 1), (3, 3, 1), (3, 17), (2, 2, 1), (1, 1, 0), grid=(2, 2, 1), keep=3),
+        ConvSpec(
+            (2, 2, 1), (3, 3, 1), (3, 17), (2, 2, 1), (1, 1, 0), grid=(2, 2, 1), keep=3
+        ),
     ),
     patches.case(
         "patches-depthwise", "small",
-        Half((2, 1, 2), (3, 1, 3), (6, 6), (2, 1, 2), (1, 0, 1), groups=6, grid=(2, 2, 1), keep=3),
+        ConvSpec(
+            (2, 1, 2), (3, 1, 3), (6, 6), (2, 1, 2), (1, 0, 1), groups=6, grid=(2, 2, 1), keep=3
+        ),
     ),
     patches.case("patches-p16", "full", Half(16, channels=(32, 64), **ENCODER)),
     patches.case("patches-p4", "full", Half(4, channels=(128, 256), **ENCODER)),
@@ -105,7 +109,7 @@ PATCHES = (
         "patches-depthwise-p16", "full", Half(16, channels=(32, 32), groups=32, **ENCODER)
     ),
     patches.case("patches-k5-odd-channels", "edge", Half(6, 5, channels=(18, 33), padding=2)),
-    patches.case("patches-stride-3-dilated", "edge", Half(6, 3, (16, 48), 3, 2, dilation=2)),
+    patches.case("patches-stride-3-dilated", "edge", ConvSpec(6, 3, (16, 48), 3, 2, dilation=2)),
     patches.case("patches-groups-2", "edge", Half(4, channels=(64, 80), groups=2)),
     patches.case("patches-k2", "edge", Half(8, 2, channels=(64, 64), padding=0)),
     patches.case("patches-empty-sample", "edge", Half(2, channels=(64, 8), batch=3, keep="ragged")),
