@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .call import Window, device_of, features, precision
+from .call import Window, device_of, features, padded, precision
 from .sites import source_rows, tile_sites
 
 
@@ -98,15 +98,22 @@ def weight_gradient(x: Tensor, dy: Tensor, neighbours: Tensor, window: Window) -
     """Return dW [C_out, C_in / groups, kx, ky, kz], float32, of x [P, px, py, pz, C_in] and dy."""
     x, dy = features(x), features(dy)
     inner, outer = x.shape[4] // window.groups, dy.shape[4] // window.groups
-    depthwise = inner == outer == 1
-    launch = _depthwise if depthwise else _grouped
-    partial = launch(x, dy, neighbours, window, inner, outer)  # [splits, taps, inner, C_out]
-    return partial.sum(0).permute(2, 1, 0).unflatten(2, window.kernel)
+    if inner == outer == 1:
+        dw = _depthwise(x, dy, neighbours, window).sum(0)
+    else:
+        x, dy = padded(x, window.groups), padded(dy, window.groups)
+        dw = _grouped(x, dy, neighbours, window).sum(0)
+        dw = without_padding(dw, inner, outer, window.groups)
+    return dw.permute(2, 1, 0).unflatten(2, window.kernel)  # of [taps, inner, C_out]
 
 
-def _grouped(
-    x: Tensor, dy: Tensor, neighbours: Tensor, window: Window, inner: int, outer: int
-) -> Tensor:
+def without_padding(dw: Tensor, inner: int, outer: int, groups: int) -> Tensor:
+    """Return [taps, inner, groups * outer] of a gradient of padded channels."""
+    return dw[:, :inner].unflatten(2, (groups, -1))[..., :outer].flatten(2)
+
+
+def _grouped(x: Tensor, dy: Tensor, neighbours: Tensor, window: Window) -> Tensor:
+    inner, outer = x.shape[4] // window.groups, dy.shape[4] // window.groups
     row = tuning.pick(tuning.BACKWARD_DW, x, outer)
     programs = window.taps * window.groups
     programs *= triton.cdiv(inner, row.tile_m) * triton.cdiv(outer, row.tile_n)
@@ -123,9 +130,7 @@ def _grouped(
     return dw
 
 
-def _depthwise(
-    x: Tensor, dy: Tensor, neighbours: Tensor, window: Window, inner: int, outer: int
-) -> Tensor:
+def _depthwise(x: Tensor, dy: Tensor, neighbours: Tensor, window: Window) -> Tensor:
     channels = x.shape[4]
     row = tuning.pick(tuning.DEPTHWISE_DW, x, channels)
     programs = window.taps * triton.cdiv(channels, row.tile_n)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import forward, tuning
 from .call import Window, device_of, features, precision
-from .forward import add_tap
+from .forward import add_tap, in_lines
 from .sites import neighbour, reach_of, split_place, tile_sites
 
 
@@ -84,13 +84,14 @@ def sparse_conv3d_strided_bwd_dx_kernel(
     dy_ptr, weight_ptr, dx_ptr, neighbours_ptr, num_patches,
     PATCH: tl.constexpr, POOLED: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     LOW: tl.constexpr, DILATION: tl.constexpr,
-    GROUPS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr,
+    GROUPS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, LINE: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dx = Σ_t dy[reader_t] W_t^T, with IN channels of dy and OUT of dx a group.
 
     One program: BLOCK_M sites of one kind, BLOCK_N channels of one group. weight is
-    [taps, IN, GROUPS * OUT].
+    [taps, IN, GROUPS * LINE], of which OUT channels a group count.
     """
     KINDS: tl.constexpr = STRIDE[0] * STRIDE[1] * STRIDE[2]
     TILES_N: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
@@ -98,7 +99,6 @@ def sparse_conv3d_strided_bwd_dx_kernel(
     group = tl.program_id(1) // TILES_N
     columns = (tl.program_id(1) % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = columns < OUT
-    columns += group * OUT
     patch, place, ok = tile_sites(
         tl.program_id(0) // KINDS, neighbours_ptr, num_patches, POOLED, False, BLOCK_M
     )
@@ -109,6 +109,7 @@ def sparse_conv3d_strided_bwd_dx_kernel(
     first_z, count_z = taps_of(kind_z, KERNEL[2], STRIDE[2], LOW[2], DILATION[2])
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     dy_ptr += group * IN
+    weight_ptr += group * LINE
     for step in range(count_x * count_y * count_z * STEPS):  # one loop, to be pipelined
         at = step // STEPS
         tap_x = first_x + at // (count_y * count_z) * step_of(STRIDE[0], DILATION[0])
@@ -119,12 +120,13 @@ def sparse_conv3d_strided_bwd_dx_kernel(
             PATCH, POOLED, KERNEL, STRIDE, LOW, DILATION,
         )  # fmt: skip
         tap = (tap_x * KERNEL[1] + tap_y) * KERNEL[2] + tap_z
-        line = weight_ptr + tap * tl.full([], IN * GROUPS * OUT, tl.int64)
+        line = weight_ptr + tap * tl.full([], IN * GROUPS * LINE, tl.int64)
         acc = add_tap(
-            acc, dy_ptr, row, found, line, step % STEPS * BLOCK_K, columns, column_ok,
-            GROUPS, IN, OUT, BLOCK_K, PRECISION,
+            acc, dy_ptr, row, found, line, step % STEPS * BLOCK_K, columns,
+            GROUPS, IN, LINE, BLOCK_K, PRECISION,
         )  # fmt: skip
     rows = written_rows(patch, x, y, z, kind_x, kind_y, kind_z, PATCH, STRIDE)
+    columns += group * OUT
     out = dx_ptr + rows[:, None] * (GROUPS * OUT) + columns[None, :]
     tl.store(out, acc.to(dx_ptr.dtype.element_ty), mask=ok[:, None] & column_ok[None, :])
 
@@ -193,15 +195,16 @@ def input_gradient(
 
 
 def _grouped(inputs: tuple[Any, ...], window: Window) -> None:
-    dy, packed = inputs[:2]
-    inner, outer = packed.shape[1], packed.shape[2] // window.groups
+    dy, packed = in_lines(inputs[0], inputs[1], window.groups)
+    outer = inputs[2].shape[4] // window.groups
     row = tuning.pick(tuning.FORWARD, dy, outer)
     sparse_conv3d_strided_bwd_dx_kernel[
         (_tiles(dy, window, row.tile_m), window.groups * triton.cdiv(outer, row.tile_n))
     ](
-        *inputs, **window.flags, GROUPS=window.groups, IN=inner, OUT=outer,
+        dy, packed, *inputs[2:], **window.flags, GROUPS=window.groups, IN=packed.shape[1],
+        OUT=outer, LINE=packed.shape[2] // window.groups,
         PRECISION=precision(dy.dtype, row.float32), BLOCK_M=row.tile_m, BLOCK_N=row.tile_n,
-        BLOCK_K=tuning.fit(row.tile_k, inner), num_warps=row.num_warps,
+        BLOCK_K=tuning.fit(row.tile_k, packed.shape[1]), num_warps=row.num_warps,
         num_stages=row.num_stages,
     )  # fmt: skip
 

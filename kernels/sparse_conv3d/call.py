@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import launch as launching
 
@@ -75,6 +76,19 @@ class Table(NamedTuple):
 def features(x: Tensor) -> Tensor:
     """Return features contiguous, and not bfloat16 where that is interpreted."""
     return launching.raise_bfloat16(x, bool(triton.knobs.runtime.interpret)).contiguous()
+
+
+def padded(x: Tensor, groups: int) -> Tensor:
+    """Return x [..., C] with zeros behind each group's channels, so that a group is whole 16 bytes.
+
+    Of other channels a kernel loads element by element and keeps as many addresses. Where the zeros
+    would be more than the channels, x stays as it is.
+    """
+    channels = x.shape[-1] // groups
+    missing = -channels % (16 // x.element_size())
+    if missing == 0 or missing > channels:
+        return x
+    return pad(x.unflatten(-1, (groups, -1)), (0, missing)).flatten(-2)
 
 
 def device_of(x: Tensor) -> AbstractContextManager[Any]:

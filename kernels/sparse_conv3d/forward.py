@@ -13,9 +13,10 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
 from . import tuning
-from .call import Window, device_of, features, precision
+from .call import Window, device_of, features, padded, precision
 from .sites import source_rows, tile_sites
 
 
@@ -24,42 +25,44 @@ def sparse_conv3d_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, neighbours_ptr, order_ptr, num_patches,
     PATCH: tl.constexpr, POOLED: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     LOW: tl.constexpr, DILATION: tl.constexpr,
-    GROUPS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BY_PLACE: tl.constexpr, PRECISION: tl.constexpr,
+    GROUPS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, LINE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BY_PLACE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y = bias + Σ_t x[source_t] W_t, with IN and OUT channels a group.
 
-    One program: BLOCK_M sites, BLOCK_N channels of one group. weight is [taps, IN, GROUPS * OUT].
+    One program: BLOCK_M sites, BLOCK_N channels of one group. weight is [taps, IN, GROUPS * LINE],
+    of which OUT channels a group count.
     """
     TILES_N: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
     group = tl.program_id(1) // TILES_N
     columns = (tl.program_id(1) % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = columns < OUT
-    columns += group * OUT
     patch, place, ok = tile_sites(
         tl.program_id(0), order_ptr, num_patches, POOLED, BY_PLACE, BLOCK_M
     )
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     x_ptr += group * IN
+    weight_ptr += group * LINE
     STEPS: tl.constexpr = (IN + BLOCK_K - 1) // BLOCK_K
     for step in range(KERNEL[0] * KERNEL[1] * KERNEL[2] * STEPS):  # one loop, to be pipelined
         tap, first = step // STEPS, step % STEPS * BLOCK_K
         row, found = source_rows(
             patch, place, ok, tap, neighbours_ptr, PATCH, POOLED, KERNEL, STRIDE, LOW, DILATION
         )
-        line = weight_ptr + tap * tl.full([], IN * GROUPS * OUT, tl.int64)
+        line = weight_ptr + tap * tl.full([], IN * GROUPS * LINE, tl.int64)
         if BY_PLACE:  # sites of one place miss a tap together
             if tl.max(found.to(tl.int32), 0) > 0:
                 acc = add_tap(
-                    acc, x_ptr, row, found, line, first, columns, column_ok,
-                    GROUPS, IN, OUT, BLOCK_K, PRECISION,
+                    acc, x_ptr, row, found, line, first, columns,
+                    GROUPS, IN, LINE, BLOCK_K, PRECISION,
                 )  # fmt: skip
         else:
             acc = add_tap(
-                acc, x_ptr, row, found, line, first, columns, column_ok,
-                GROUPS, IN, OUT, BLOCK_K, PRECISION,
+                acc, x_ptr, row, found, line, first, columns,
+                GROUPS, IN, LINE, BLOCK_K, PRECISION,
             )  # fmt: skip
+    columns += group * OUT
     if HAS_BIAS:
         acc += tl.load(bias_ptr + columns, mask=column_ok, other=0.0).to(tl.float32)[None, :]
     SITES: tl.constexpr = POOLED[0] * POOLED[1] * POOLED[2]
@@ -69,8 +72,8 @@ def sparse_conv3d_fwd_kernel(
 
 @triton.jit
 def add_tap(
-    acc, x_ptr, row, found, weight_ptr, first, columns, column_ok,
-    GROUPS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
+    acc, x_ptr, row, found, weight_ptr, first, columns,
+    GROUPS: tl.constexpr, IN: tl.constexpr, LINE: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return acc + x[row] @ weight over BLOCK_K channels; rows that are not found count as 0."""
@@ -79,8 +82,8 @@ def add_tap(
     rows = x_ptr + row[:, None] * (GROUPS * IN)
     a = tl.load(rows + inner[None, :], mask=found[:, None] & inner_ok[None, :], other=0.0)
     b = tl.load(
-        weight_ptr + inner[:, None] * (GROUPS * OUT) + columns[None, :],
-        mask=inner_ok[:, None] & column_ok[None, :], other=0.0,
+        weight_ptr + inner[:, None] * (GROUPS * LINE) + columns[None, :],
+        mask=inner_ok[:, None] & (columns < LINE)[None, :], other=0.0,
     )  # fmt: skip
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
@@ -162,9 +165,16 @@ def _convolve(
     return y
 
 
+def in_lines(x: Tensor, packed: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Return x and the weight [taps, IN, C_out] with whole lines of channels, see padded."""
+    x = padded(x, groups)
+    packed = pad(packed, (0, 0, 0, x.shape[-1] // groups - packed.shape[1]))
+    return x, padded(packed, groups)
+
+
 def _launch(inputs: tuple, flags: dict[str, Any], window: Window) -> None:
-    x, packed = inputs[:2]
-    inner, outer = packed.shape[1], packed.shape[2] // window.groups
+    x, packed = in_lines(inputs[0], inputs[1], window.groups)
+    outer = inputs[3].shape[4] // window.groups
     row = tuning.pick(tuning.FORWARD, x, outer)
     by_place = tuning.goes_by_place(window.pooled, x.shape[0], row.tile_m)
     tiles = triton.cdiv(x.shape[0] * window.sites, row.tile_m)
@@ -172,9 +182,10 @@ def _launch(inputs: tuple, flags: dict[str, Any], window: Window) -> None:
         tiles = triton.cdiv(x.shape[0], row.tile_m) * window.sites
     with device_of(x):
         sparse_conv3d_fwd_kernel[(tiles, window.groups * triton.cdiv(outer, row.tile_n))](
-            *inputs, **flags, GROUPS=window.groups, IN=inner, OUT=outer, BY_PLACE=by_place,
+            x, packed, *inputs[2:], **flags, GROUPS=window.groups, IN=packed.shape[1], OUT=outer,
+            LINE=packed.shape[2] // window.groups, BY_PLACE=by_place,
             PRECISION=precision(x.dtype, row.float32), BLOCK_M=row.tile_m, BLOCK_N=row.tile_n,
-            BLOCK_K=tuning.fit(row.tile_k, inner), num_warps=row.num_warps,
+            BLOCK_K=tuning.fit(row.tile_k, packed.shape[1]), num_warps=row.num_warps,
             num_stages=row.num_stages,
         )  # fmt: skip
 

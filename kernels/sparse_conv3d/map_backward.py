@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .call import device_of, features, precision
+from .backward import without_padding
+from .call import device_of, features, padded, precision
 
 
 @triton.jit
@@ -105,19 +106,21 @@ def weight_gradient(
     x [N_in, C_in], dy [N_out, C_out]; pairs are inputs, outputs [taps * N_out] and offsets
     [taps + 1], the pairs of tap t from offsets[t] on.
     """
-    inputs = (features(x), features(dy), pairs)
-    depthwise = shape[1] == 1 and shape[0] == groups
-    partial = (_depthwise if depthwise else _grouped)(inputs, shape, groups)
-    return partial.sum(0).permute(2, 1, 0).unflatten(2, shape[2:])  # of [splits, taps, IN, C_out]
+    x, dy, taps = features(x), features(dy), math.prod(shape[2:])
+    if shape[1] == 1 and shape[0] == groups:
+        dw = _depthwise(x, dy, pairs, taps).sum(0)
+    else:
+        dw = _grouped(padded(x, groups), padded(dy, groups), pairs, taps, groups).sum(0)
+        dw = without_padding(dw, shape[1], shape[0] // groups, groups)
+    return dw.permute(2, 1, 0).unflatten(2, shape[2:])  # of [taps, IN, C_out]
 
 
-def _grouped(inputs: tuple, shape: tuple[int, ...], groups: int) -> Tensor:
-    x, dy, pairs = inputs
-    taps, inner, outer = math.prod(shape[2:]), shape[1], shape[0] // groups
+def _grouped(x: Tensor, dy: Tensor, pairs: tuple[Tensor, ...], taps: int, groups: int) -> Tensor:
+    inner, outer = x.shape[1] // groups, dy.shape[1] // groups
     row = tuning.pick(tuning.BACKWARD_DW, x, outer)
     programs = taps * groups * triton.cdiv(inner, row.tile_m) * triton.cdiv(outer, row.tile_n)
     splits, _ = tuning.splits(triton.cdiv(dy.shape[0], row.tile_k), row.tile_k, programs)
-    dw = x.new_empty((splits, taps, inner, shape[0]), dtype=tuning.SUMS)
+    dw = x.new_empty((splits, taps, inner, dy.shape[1]), dtype=tuning.SUMS)
     with device_of(x):
         sparse_conv3d_map_bwd_dw_kernel[(programs, splits)](
             x, dy, dw, *pairs, TAPS=taps, GROUPS=groups, IN=inner, OUT=outer,
@@ -127,9 +130,8 @@ def _grouped(inputs: tuple, shape: tuple[int, ...], groups: int) -> Tensor:
     return dw
 
 
-def _depthwise(inputs: tuple, shape: tuple[int, ...], channels: int) -> Tensor:
-    x, dy, pairs = inputs
-    taps = math.prod(shape[2:])
+def _depthwise(x: Tensor, dy: Tensor, pairs: tuple[Tensor, ...], taps: int) -> Tensor:
+    channels = x.shape[1]
     row = tuning.pick(tuning.DEPTHWISE_DW, x, channels)
     programs = taps * triton.cdiv(channels, row.tile_n)
     splits, _ = tuning.splits(triton.cdiv(dy.shape[0], row.tile_m), row.tile_m, programs)

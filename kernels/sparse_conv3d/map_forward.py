@@ -17,20 +17,22 @@ from torch import Tensor
 
 from . import tuning
 from .call import Table, device_of, features, precision
-from .forward import add_tap
+from .forward import add_tap, in_lines
 
 
 @triton.jit(do_not_specialize=["num_sites"])
 def sparse_conv3d_map_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, rows_ptr, order_ptr, lists_ptr, num_sites,
     TAPS: tl.constexpr, GROUPS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, SITES_PER_LIST: tl.constexpr,
+    LINE: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    SITES_PER_LIST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y = bias + Σ_t x[rows_t] W_t, with IN and OUT channels a group.
 
     One program: BLOCK_M columns of the map, BLOCK_N channels of one group. weight is
-    [TAPS, IN, GROUPS * OUT]; a list is a count and as many taps.
+    [TAPS, IN, GROUPS * LINE], of which OUT channels a group count; a list is a count and as many
+    taps.
     """
     tl.static_assert(SITES_PER_LIST % BLOCK_M == 0)
     TILES_N: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
@@ -38,22 +40,23 @@ def sparse_conv3d_map_fwd_kernel(
     group = tl.program_id(1) // TILES_N
     columns = (tl.program_id(1) % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = columns < OUT
-    columns += group * OUT
     first_slot = tl.program_id(0) * tl.full([], BLOCK_M, tl.int64)
     slot = first_slot + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     ok = slot < num_sites
     taps_ptr = lists_ptr + first_slot // SITES_PER_LIST * (TAPS + 1)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     x_ptr += group * IN
+    weight_ptr += group * LINE
     for step in range(tl.load(taps_ptr) * STEPS):  # one loop, to be pipelined
         tap = tl.load(taps_ptr + 1 + step // STEPS).to(tl.int64)
         row = tl.load(rows_ptr + tap * num_sites + slot, mask=ok, other=-1)
         found = row >= 0
         acc = add_tap(
             acc, x_ptr, tl.maximum(row, 0).to(tl.int64), found,
-            weight_ptr + tap * (IN * GROUPS * OUT), step % STEPS * BLOCK_K, columns, column_ok,
-            GROUPS, IN, OUT, BLOCK_K, PRECISION,
+            weight_ptr + tap * (IN * GROUPS * LINE), step % STEPS * BLOCK_K, columns,
+            GROUPS, IN, LINE, BLOCK_K, PRECISION,
         )  # fmt: skip
+    columns += group * OUT
     if HAS_BIAS:
         acc += tl.load(bias_ptr + columns, mask=column_ok, other=0.0).to(tl.float32)[None, :]
     site = tl.load(order_ptr + slot, mask=ok, other=0).to(tl.int64)
@@ -129,16 +132,16 @@ def _convolve(x: Tensor, table: Table, packed: Tensor, bias: Tensor | None, grou
 
 
 def _launch(inputs: tuple, flags: dict[str, Any], groups: int) -> None:
-    x, packed = inputs[:2]
-    inner, outer = packed.shape[1], packed.shape[2] // groups
+    x, packed = in_lines(inputs[0], inputs[1], groups)
+    outer = inputs[3].shape[1] // groups
     row = tuning.pick(tuning.FORWARD, x, outer)
     grid = (triton.cdiv(inputs[-1], row.tile_m), groups * triton.cdiv(outer, row.tile_n))
     with device_of(x):
         sparse_conv3d_map_fwd_kernel[grid](
-            *inputs, **flags, GROUPS=groups, IN=inner, OUT=outer,
-            PRECISION=precision(x.dtype, row.float32), BLOCK_M=row.tile_m, BLOCK_N=row.tile_n,
-            BLOCK_K=tuning.fit(row.tile_k, inner), num_warps=row.num_warps,
-            num_stages=row.num_stages,
+            x, packed, *inputs[2:], **flags, GROUPS=groups, IN=packed.shape[1], OUT=outer,
+            LINE=packed.shape[2] // groups, PRECISION=precision(x.dtype, row.float32),
+            BLOCK_M=row.tile_m, BLOCK_N=row.tile_n, BLOCK_K=tuning.fit(row.tile_k, packed.shape[1]),
+            num_warps=row.num_warps, num_stages=row.num_stages,
         )  # fmt: skip
 
 

@@ -19,8 +19,6 @@ class Row(NamedTuple):
     """One line of a table; tiles of the product M x N x K.
 
     float32: how float32 products are made where TF32 is not allowed, see block attention's Row.
-    spills: register spills that a compiled row may have. Channels that are no multiple of 8, with a
-        patch that is no power of two, need them; the plain case of a row has none.
     """
 
     capability: int
@@ -32,7 +30,6 @@ class Row(NamedTuple):
     num_warps: int
     num_stages: int
     float32: str = "tf32x3"
-    spills: int = 0
 
 
 class DepthwiseRow(NamedTuple):
@@ -45,7 +42,6 @@ class DepthwiseRow(NamedTuple):
     tile_n: int
     num_warps: int
     num_stages: int
-    spills: int = 0
 
 
 class MapRow(NamedTuple):
@@ -61,11 +57,11 @@ class MapRow(NamedTuple):
 FORWARD = (
     Row(      90,   2,      32,     128,     32,     64,     4,     3),
     Row(      90,   2,      64,     128,     64,     64,     4,     3),
-    Row(      90,   2,     ANY,     128,    128,     64,     8,     3, spills=80),
+    Row(      90,   2,     ANY,     128,    128,     64,     8,     3),
     Row(      90,   4,      32,      64,     32,     32,     4,     3),
     Row(      90,   4,     ANY,      64,     64,     32,     4,     3),
     Row(      80,   2,      32,     128,     32,     32,     4,     3),
-    Row(      80,   2,      64,     128,     64,     32,     4,     3, spills=1),
+    Row(      80,   2,      64,     128,     64,     32,     4,     3),
     Row(      80,   2,     ANY,     128,    128,     32,     8,     3),
     Row(      80,   4,      32,      64,     32,     32,     4,     3),
     Row(      80,   4,     ANY,      64,     64,     32,     4,     3),
@@ -74,19 +70,19 @@ FORWARD = (
 # M: channels of x, N: channels of dy, K: sites
 BACKWARD_DW = (
     Row(      90,   2,      32,      64,     32,     64,     4,     3),
-    Row(      90,   2,     ANY,      64,     64,     64,     4,     3, spills=13),
+    Row(      90,   2,     ANY,      64,     64,     64,     4,     3),
     Row(      90,   4,      32,      32,     32,     32,     4,     3),
     Row(      90,   4,     ANY,      64,     64,     32,     4,     3),
-    Row(      80,   2,      32,      64,     32,     64,     4,     3, spills=4),
-    Row(      80,   2,     ANY,      64,     64,     64,     4,     3, spills=10),
+    Row(      80,   2,      32,      64,     32,     64,     4,     3),
+    Row(      80,   2,     ANY,      64,     64,     64,     4,     2),
     Row(      80,   4,      32,      32,     32,     32,     4,     3),
     Row(      80,   4,     ANY,      64,     64,     32,     4,     3),
 )
 
 # unmeasured cap  bytes  columns  tile_m  tile_n  warps  stages
 DEPTHWISE = (
-    DepthwiseRow(90,  2,      32,      64,     32,     4,     3, spills=1),
-    DepthwiseRow(90,  2,     ANY,      32,     64,     4,     3, spills=1),
+    DepthwiseRow(90,  2,      32,      64,     32,     4,     3),
+    DepthwiseRow(90,  2,     ANY,      32,     64,     4,     3),
     DepthwiseRow(90,  4,      32,      64,     32,     4,     3),
     DepthwiseRow(90,  4,     ANY,      32,     64,     4,     3),
     DepthwiseRow(80,  2,      32,      64,     32,     4,     3),

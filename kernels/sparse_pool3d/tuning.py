@@ -18,7 +18,6 @@ class Row(NamedTuple):
     tile_n: int
     num_warps: int
     num_stages: int
-    spills: int = 0
 
 
 # fmt: off
