@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from sparseattn import linear_attention
 from sparseattn.benchmarks.attention import dense_baselines, qkv
-from sparseattn.benchmarks.registry import Benchmark, Case, Problem, Provider, Work
+from sparseattn.benchmarks.registry import Benchmark, Case, Problem, Provider
+from sparseattn.ops.work import linear_work
 
 
 def build(case: Case) -> Problem:
@@ -18,7 +19,6 @@ def build(case: Case) -> Problem:
     def reference(rows: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return linear_attention(q[:, :, rows], k, v, impl="reference")
 
-    unit, head_dim = q.numel() * q.element_size(), q.shape[3]
     return Problem(
         inputs=(q, k, v),
         providers=(
@@ -27,13 +27,7 @@ def build(case: Case) -> Problem:
             *dense_baselines(case, q, k),
         ),
         reference=reference,
-        work=Work(
-            flops=4.0 * q.numel() * head_dim,
-            bytes=4.0 * unit,
-            backward_flops=8.0 * q.numel() * head_dim,
-            backward_bytes=7.0 * unit,
-            dense_flops=4.0 * q.numel() * q.shape[2],
-        ),
+        work=linear_work(q.shape, k.shape, q.element_size()),
     )
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sparseattn import linformer_attention
 from sparseattn.benchmarks.attention import dense_baselines, qkv
-from sparseattn.benchmarks.registry import Benchmark, Case, Problem, Provider, Work
+from sparseattn.benchmarks.registry import Benchmark, Case, Problem, Provider
+from sparseattn.ops.work import linformer_work
 
 
 def build(case: Case) -> Problem:
@@ -34,8 +35,6 @@ def build(case: Case) -> Problem:
         return linformer_attention(q[:, :, rows], k, v, *pair, impl="reference")
 
     weights = float(q.numel() // q.shape[3] * case["landmarks"] * q.element_size())
-    unit = float(q.numel() * q.element_size())
-    both = float(projections.numel() * q.element_size())
     return Problem(
         inputs=(q, k, v),
         providers=(
@@ -44,12 +43,8 @@ def build(case: Case) -> Problem:
             *dense_baselines(case, q, k),
         ),
         reference=reference,
-        work=Work(
-            flops=8.0 * q.numel() * case["landmarks"],
-            bytes=4 * unit + both,
-            backward_flops=14.0 * q.numel() * case["landmarks"],
-            backward_bytes=5 * unit + both,  # with fixed projections k and v are not read again
-            dense_flops=4.0 * q.numel() * q.shape[2],
+        work=linformer_work(
+            q.shape, k.shape, case["landmarks"], q.element_size(), is_trained=False
         ),
     )
 

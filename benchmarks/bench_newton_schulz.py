@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparseattn.benchmarks.registry import Benchmark, Case, Problem, Provider, Work
 from sparseattn.ops.newton_schulz import newton_schulz
+from sparseattn.ops.work import newton_schulz_flops
 
 ITERATIONS = 6
 
@@ -29,8 +30,7 @@ def build(case: Case) -> Problem:
     def reference(rows: Tensor, *inputs: Tensor) -> Tensor:
         return newton_schulz(*inputs, iterations=ITERATIONS, impl="reference")[:, :, rows]
 
-    small = 2.0 * keys.numel() * case["landmarks"]  # one product with vectors of head_dim
-    square = small / case["head_dim"] * case["landmarks"]
+    forward, backward = newton_schulz_flops(shape[0] * shape[1], *shape[2:], ITERATIONS)
     unit = float(keys.numel() * keys.element_size())
     matrices = 4.0 * keys.numel() / case["head_dim"] * case["landmarks"]
     return Problem(
@@ -41,11 +41,11 @@ def build(case: Case) -> Problem:
         ),
         reference=reference,
         work=Work(
-            flops=2 * small + 4 * ITERATIONS * square,
+            flops=forward,
             bytes=4 * unit,
-            backward_flops=5 * small + 15 * ITERATIONS * square,
+            backward_flops=backward,
             backward_bytes=7 * unit,
-            dense_flops=2 * small + 4 * ITERATIONS * square,
+            dense_flops=forward,
         ),
     )
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sparseattn import nystrom_attention
 from sparseattn.benchmarks.attention import dense_baselines
-from sparseattn.benchmarks.registry import Benchmark, Case, Problem, Provider, Work
+from sparseattn.benchmarks.registry import Benchmark, Case, Problem, Provider
+from sparseattn.ops.work import nystrom_work
 
 ITERATIONS = 6
 
@@ -31,7 +32,7 @@ def build(case: Case) -> Problem:
     lines = torch.nn.functional.interpolate(knots, tokens, mode="linear", align_corners=True)
     keys, values = lines.mT.reshape(2, *shape).unbind()
     made = (keys + 0.3 * drawn(*shape), keys + 0.3 * drawn(*shape), values + 0.3 * drawn(*shape))
-    q, k, v = (t.to(case.dtype).requires_grad_() for t in made)
+    q, k, v = (t.to(case.dtype).contiguous().requires_grad_() for t in made)
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return nystrom_attention(q, k, v, m, iterations=ITERATIONS)
@@ -57,24 +58,7 @@ def build(case: Case) -> Problem:
         inputs=(q, k, v),
         providers=(*providers, *dense_baselines(case, q, k)),
         reference=reference,
-        work=nystrom_work(q, m),
-    )
-
-
-def nystrom_work(q: Tensor, landmarks: int) -> Work:
-    """What any implementation does: means, both stages, the steps between them.
-
-    Forward: reads q twice, k, v, writes o. Backward: reads q, k, v, do, writes dk, dv and dq, which
-    it reads and writes once more.
-    """
-    unit, heads = q.numel() * q.element_size(), q.shape[0] * q.shape[1]
-    steps = ITERATIONS * heads * landmarks**3
-    return Work(
-        flops=8.0 * q.numel() * landmarks + 8.0 * steps,
-        bytes=5.0 * unit,
-        backward_flops=20.0 * q.numel() * landmarks + 18.0 * steps,
-        backward_bytes=9.0 * unit,
-        dense_flops=4.0 * q.numel() * q.shape[2],
+        work=nystrom_work(q.shape, k.shape, m, ITERATIONS, q.element_size()),
     )
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sparseattn import orthogonal_features, performer_attention
 from sparseattn.benchmarks.attention import dense_baselines
-from sparseattn.benchmarks.registry import Benchmark, Case, Problem, Provider, Work
+from sparseattn.benchmarks.registry import Benchmark, Case, Problem, Provider
+from sparseattn.ops.work import performer_work
 
 EPS = 1e-4
 
@@ -63,23 +64,7 @@ def build(case: Case) -> Problem:
             *dense_baselines(case, q, k),
         ),
         reference=reference,
-        work=landmark_work(q, case["features"]),
-    )
-
-
-def landmark_work(q: Tensor, landmarks: int) -> Work:
-    """Two products of 2 * m a token and column in each stage, four in its backward.
-
-    Forward: reads q, k, v, writes o. Backward: reads q, k, v, do, writes dq, dk, dv.
-    """
-    unit = q.numel() * q.element_size()
-    tokens = q.shape[2]
-    return Work(
-        flops=8.0 * q.numel() * landmarks,
-        bytes=4.0 * unit,
-        backward_flops=16.0 * q.numel() * landmarks,
-        backward_bytes=7.0 * unit,
-        dense_flops=4.0 * q.numel() * tokens,
+        work=performer_work(q.shape, k.shape, case["features"], q.element_size()),
     )
 
 

@@ -14,11 +14,22 @@ from sparseattn.layers import break_even
 from sparseattn.ops import dispatch
 from sparseattn.ops.block_sparse_attention import Impl
 from sparseattn.ops.token_selection import keep_capacity
-from sparseattn.ops.work import Work, attention_work, floor_seconds
+from sparseattn.ops.work import (
+    Work,
+    attention_work,
+    floor_seconds,
+    linear_work,
+    linformer_work,
+    nystrom_work,
+    performer_work,
+)
 from sparseattn.structures.block_mask import BlockMask, check_geometry, keep_count
 
 _OP = "explain"
-OPS = ("block_sparse_attention", "saliency_attention", "topk_attention")
+_KEEPING = ("block_sparse_attention", "saliency_attention", "topk_attention")
+_LANDMARKS = {"linformer_attention": 256, "nystrom_attention": 64, "performer_attention": 256}
+OPS = (*_KEEPING, "linear_attention", *_LANDMARKS)
+_KEEP, _ITERATIONS = 0.25, 6
 
 
 class Gpu(NamedTuple):
@@ -53,10 +64,12 @@ class Explanation:
     """What ``explain`` found. ``print`` shows it; ``dataclasses.asdict`` is for programs.
 
     q, k: the shapes. runs: the implementation that runs. reasons: why each of the others does not.
-    density: share of all pairs that are attended to. pairs: how many. work: operations and bytes of
-    any implementation; choosing blocks or tokens is not counted. break_even: where it is as fast as
-    dense attention on this device, or None where that was not measured. slower: why dense attention
-    would be faster for this shape, or None; then the method "topk" of the layers attends densely.
+    density: share of all pairs that are attended to. pairs: how many; both None for an op that
+    attends to everything in another way. landmarks: m of such an op, or None. work: operations and
+    bytes of any implementation; choosing blocks or tokens is not counted. break_even: where it is
+    as fast as dense attention on this device, or None where that was not measured. slower: why
+    dense attention would be faster for this shape, or None; then the method "topk" of the layers
+    attends densely.
     """
 
     op: str
@@ -66,8 +79,9 @@ class Explanation:
     device: str
     runs: str
     reasons: dict[str, list[str]]
-    density: float
-    pairs: float
+    density: float | None
+    pairs: float | None
+    landmarks: int | None
     work: Work
     floor: Floor | None
     break_even: break_even.BreakEven | None
@@ -89,8 +103,9 @@ def explain(
     q_shape: Sequence[int],
     k_shape: Sequence[int] | None = None,
     *,
-    keep: int | float | BlockMask = 0.25,
+    keep: int | float | BlockMask | None = None,
     block_size: int | tuple[int, int] = 64,
+    landmarks: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     impl: Impl = "auto",
@@ -103,12 +118,17 @@ def explain(
     Nothing of that size is allocated and nothing is computed.
 
     Args:
-        op: "block_sparse_attention", "topk_attention" or "saliency_attention".
+        op: "block_sparse_attention", "topk_attention", "saliency_attention", or one that is linear
+            in the tokens: "performer_attention", "nystrom_attention", "linformer_attention",
+            "linear_attention".
         q_shape: of the queries, [B, H, Nq, D].
         k_shape: of the keys and values, [B, G, Nk, D]; default q_shape.
         keep: as the op takes it, a count or a fraction: of the key blocks that every query block
             keeps, or of the tokens (saliency_attention). For block_sparse_attention also the mask.
+            Default 0.25; the linear ops keep everything and take none.
         block_size: tokens in a query block and in a key block, where blocks are kept.
+        landmarks: m: random features (performer_attention, default 256), means of segments
+            (nystrom_attention, 64) or projected tokens (linformer_attention, 256).
         dtype: of q, k and v.
         device: where they would lie; default a GPU if there is one.
         impl: as the op takes it.
@@ -126,7 +146,9 @@ def explain(
     Notes:
         FLOPs and bytes are what the math needs, however it is computed: 2 products of 2 * D
         operations a pair forward and 5 backward, every input read and every output written once. A
-        ragged last block counts as a whole one, unless a mask is given.
+        ragged last block counts as a whole one, unless a mask is given. The linear ops are counted
+        in docs/math: nystrom_attention with 6 iterations, linformer_attention with projections
+        shared by the heads and trained.
         The floor is the greater of operations at the peak rate and bytes at the bandwidth of the
         data sheet; no kernel reaches it. float32 counts as the faster of plain arithmetic and three
         TF32 products, or as TF32 where torch.backends.cuda.matmul.allow_tf32 is set.
@@ -137,9 +159,16 @@ def explain(
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"{_OP}: dtype {checks.describe(dtype)}; expected a floating point dtype")
     place = _check_device(device)
-    kept, parts, pairs = _kept(op, q, k, keep, block_size)
-    everything = q[0] * q[1] * q[2] * k[2]
-    work = attention_work(q, k, pairs, dtype.itemsize)
+    density = pairs = slower = None
+    count = _check_landmarks(op, landmarks)
+    if op in _KEEPING:
+        kept, parts, pairs = _kept(op, q, k, _KEEP if keep is None else keep, block_size)
+        everything = q[0] * q[1] * q[2] * k[2]
+        density = pairs / everything if everything else 0.0
+        work = attention_work(q, k, pairs, dtype.itemsize)
+        slower = break_even.dense_reason(op, kept, parts, k[2], place)
+    else:
+        work = _linear_work(op, q, k, keep, count, dtype.itemsize)
     runs, reasons = _choose(op, q, dtype, place, impl)
     return Explanation(
         op=op,
@@ -149,12 +178,13 @@ def explain(
         device=str(place),
         runs=runs,
         reasons=reasons,
-        density=pairs / everything if everything else 0.0,
+        density=density,
         pairs=pairs,
+        landmarks=count,
         work=work,
         floor=_floor(work, dtype, gpu, place),
         break_even=break_even.measured(op, place),
-        slower=break_even.dense_reason(op, kept, parts, k[2], place),
+        slower=slower,
     )
 
 
@@ -208,6 +238,36 @@ def _kept(
     return kept, parts, everything * kept / parts if parts else 0.0
 
 
+def _check_landmarks(op: str, landmarks: Any) -> int | None:
+    """Return m of an op that has landmarks."""
+    if landmarks is None:
+        return _LANDMARKS.get(op)
+    if op not in _LANDMARKS:
+        raise TypeError(f"{_OP}: landmarks {checks.describe(landmarks)}; expected None for {op}")
+    checks.require_int(_OP, "landmarks", landmarks, low=1)
+    return int(landmarks)
+
+
+def _linear_work(
+    op: str, q: tuple[int, ...], k: tuple[int, ...], keep: Any, count: int | None, item_bytes: int
+) -> Work:
+    """Return the work of an op that attends to everything, in time linear in the tokens."""
+    if keep is not None:
+        raise TypeError(f"{_OP}: keep {checks.describe(keep)}; expected None for {op}")
+    if count is None:
+        return linear_work(q, k, item_bytes)
+    if op == "performer_attention":
+        return performer_work(q, k, count, item_bytes)
+    if op == "linformer_attention":
+        return linformer_work(q, k, count, item_bytes)
+    if q[2] != k[2]:
+        raise ValueError(
+            f"{_OP}: k_shape is {list(k)}; expected the tokens of q for {op}, N={q[2]} "
+            "(from q_shape)"
+        )
+    return nystrom_work(q, k, count, _ITERATIONS, item_bytes)
+
+
 def _choose(
     op: str, q: tuple[int, ...], dtype: torch.dtype, device: torch.device, impl: Any
 ) -> tuple[str, dict[str, list[str]]]:
@@ -254,7 +314,10 @@ def _lines(found: Explanation) -> Iterator[str]:
     for name, reasons in found.reasons.items():
         for reason in reasons:
             yield f"  not {name:10}{reason}"
-    yield f"  density       {found.density:.1%} of the pairs, {found.pairs:.3g} of them"
+    if found.density is not None:
+        yield f"  density       {found.density:.1%} of the pairs, {found.pairs:.3g} of them"
+    if found.landmarks is not None:
+        yield f"  landmarks     {found.landmarks}, for {found.k[2]} keys"
     for mode in ("forward", "both"):
         flops, dense, moved = found.work.of(mode)
         name = "forward" if mode == "forward" else "fwd + bwd"

@@ -9,11 +9,14 @@ import torch
 import sparseattn
 from sparseattn import BlockMask, explain
 from sparseattn.cli.main import main
-from sparseattn.explain import GPUS, OPS
+from sparseattn.explain import GPUS
+from sparseattn.explain import OPS as ALL
 from sparseattn.layers import break_even
 from sparseattn.layers.registry import make_method
 from sparseattn.ops.block_sparse_attention import unsupported
 
+OPS = ("block_sparse_attention", "saliency_attention", "topk_attention")  # of chosen pairs
+LINEAR = ("linear_attention", "linformer_attention", "nystrom_attention", "performer_attention")
 SHAPE = (2, 6, 300, 40)
 CPU = torch.device("cpu")
 
@@ -22,7 +25,11 @@ def on_the_cpu(op="topk_attention", shape=SHAPE, *rest, **options):
     return explain(op, shape, *rest, device="cpu", **options)
 
 
-@pytest.mark.parametrize("op", OPS)
+def test_these_are_the_ops():
+    assert sorted(ALL) == sorted(OPS + LINEAR)
+
+
+@pytest.mark.parametrize("op", ALL)
 def test_every_op_is_public_and_answers(op):
     assert callable(getattr(sparseattn, op))
     found = on_the_cpu(op)
@@ -55,6 +62,30 @@ def test_work_is_counted_from_the_definition():
     assert found.work.dense_flops == 10 * found.work.flops
     assert found.work.bytes == 2 * (q + k + k + q) + 4 * lse
     assert found.work.backward_bytes == 2 * (q + k + k + q + q + q + k + k) + 4 * lse
+
+
+def test_work_of_linear_ops_is_counted_from_docs_math():
+    """G = B H N D elements of two bytes each; the formulas are those of its tables."""
+    G, N = 2 * 6 * 300 * 40, 300
+    expected = {  # flops, bytes of both directions
+        "performer_attention": (8 * G * 32, 4 * G, 16 * G * 32, 7 * G),
+        "linformer_attention": (8 * G * 32, 4 * G + 64 * N, 18 * G * 32, 7 * G + 128 * N),
+        "linear_attention": (4 * G * 40, 4 * G, 8 * G * 40, 7 * G),
+        "nystrom_attention": (
+            8 * G * 32 + 12 * (8 * 6 * 32**3 + 4 * 32**2 * 40), 5 * G,
+            20 * G * 32 + 12 * (30 * 6 * 32**3 + 10 * 32**2 * 40), 9 * G,
+        ),
+    }  # fmt: skip
+    for op in LINEAR:
+        options = {} if op == "linear_attention" else {"landmarks": 32}
+        found = on_the_cpu(op, dtype=torch.float16, **options)
+        work = found.work
+        counted = (work.flops, work.bytes / 2, work.backward_flops, work.backward_bytes / 2)
+        assert counted == expected[op]
+        assert work.dense_flops == 4 * G * N
+        assert found.landmarks == options.get("landmarks") and found.density is found.pairs is None
+        grouped = on_the_cpu(op, SHAPE, (2, 3, 300, 40), **options).work
+        assert work.flops / 2 < grouped.flops <= work.flops and grouped.bytes < 2 * work.bytes
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -132,6 +163,11 @@ def test_break_even_is_what_the_layers_go_by():
         ((OPS[0], SHAPE), {"impl": "fast"}, ValueError, "impl is 'fast'"),
         ((OPS[0], SHAPE), {"keep": BlockMask.window(64, 3)}, ValueError, "keep has q_len=64"),
         ((OPS[2], SHAPE), {"keep": BlockMask.window(300, 3)}, TypeError, "keep is a BlockMask"),
+        ((LINEAR[0], SHAPE), {"keep": 0.5}, TypeError, "keep is 0.5 .*; expected None for linear"),
+        ((LINEAR[0], SHAPE), {"landmarks": 8}, TypeError, "landmarks is 8 .*; expected None"),
+        ((OPS[0], SHAPE), {"landmarks": 8}, TypeError, "landmarks is 8 .*; expected None for bl"),
+        ((LINEAR[3], SHAPE), {"landmarks": 0}, ValueError, "landmarks is 0"),
+        ((LINEAR[2], SHAPE, (2, 6, 9, 40)), {}, ValueError, "expected the tokens of q for nystrom"),
     ],
 )  # fmt: skip
 def test_errors(arguments, options, error, text):
@@ -162,6 +198,14 @@ def test_the_command_prints_the_same(capsys):
         assert part in text
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(found.as_dict()))
+    linear = ["explain", "nystrom_attention", "--landmarks", "49", "--device", "cpu"]
+    assert main(linear) == 0
+    text = capsys.readouterr().out
+    assert text == f"{on_the_cpu('nystrom_attention', (1, 6, 4096, 64), landmarks=49)}\n"
+    assert "landmarks     49, for 4096 keys" in text and "density" not in text
+    with pytest.raises(SystemExit) as ended:
+        main([*linear, "--keep", "0.5"])
+    assert ended.value.code == 2 and "keep is 0.5" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         main([*command, "--head-dim", "0"])
     assert ended.value.code == 2 and "D=0" in capsys.readouterr().err

@@ -15,6 +15,7 @@ EPILOG = """\
 examples:
   sparseattn explain topk_attention --tokens 4096 --keep 0.15
   sparseattn explain saliency_attention --tokens 16384 --dtype bfloat16 --gpu H100 --json
+  sparseattn explain nystrom_attention --tokens 65536 --landmarks 128 --gpu H100
 """
 
 
@@ -34,8 +35,9 @@ def add_parser(subparsers: Any) -> None:
     add("--tokens", type=int, default=4096, help="default 4096")
     add("--key-tokens", type=int, help="default: as many as queries")
     add("--head-dim", type=int, default=64, help="default 64")
-    add("--keep", type=_keep, default=0.25, help="a count, or a share with a point (default 0.25)")
+    add("--keep", type=_keep, help="a count, or a share with a point (default 0.25)")
     add("--block", type=int, default=64, help="tokens in a block (default 64)")
+    add("--landmarks", type=int, help="of performer (features), nystrom and linformer attention")
     add("--dtype", default="float32", choices=("float32", "float16", "bfloat16", "float64"))
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     add("--impl", default="auto", choices=IMPLS)
@@ -50,13 +52,13 @@ def run(args: argparse.Namespace) -> int:
     key_heads = args.heads if args.key_heads is None else args.key_heads
     key_tokens = args.tokens if args.key_tokens is None else args.key_tokens
     keys = (args.batch, key_heads, key_tokens, args.head_dim)
-    options = {name: getattr(args, name) for name in ("keep", "device", "impl", "gpu")}
+    options = {name: getattr(args, name) for name in ("keep", "landmarks", "device", "impl", "gpu")}
     try:
         found = explain(
             args.op, queries, keys, block_size=args.block, dtype=getattr(torch, args.dtype),
             **options,
         )  # fmt: skip
-    except (ValueError, NotImplementedError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         args.parser.error(str(error))
     print(json.dumps(found.as_dict(), indent=2) if args.json else found)
     return 0

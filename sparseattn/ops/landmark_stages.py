@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseattn.ops import dispatch
+from sparseattn.ops import dispatch, landmark_flops
 from sparseattn.ops.blocked import landmark_attention as blocked
 from sparseattn.ops.blocked.plan import accumulate_dtype as wide_dtype
 from sparseattn.ops.once import differentiated_once
@@ -79,6 +79,7 @@ def stage1(
     """
     inputs = (landmarks, k, v, key_bias, segments)
     options = (scale, square, is_relu, needs_peak, impl)
+    landmark_flops.register()
     if _wants_gradient(*inputs):
         return _Stage1.apply(*inputs, *options)
     return _ops.landmark_stage1.default(*inputs, *options)
@@ -111,6 +112,7 @@ def stage2(
     """
     inputs = (q, landmarks, values, bias)
     options = (scale, square, is_relu, has_floor, impl)
+    landmark_flops.register()
     if _wants_gradient(*inputs):
         return _Stage2.apply(*inputs, *options)
     return _ops.landmark_stage2.default(*inputs, *options)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseattn.ops import landmark_flops
 from sparseattn.ops.blocked import linear_attention as blocked
 from sparseattn.ops.blocked.plan import accumulate_dtype as wide_dtype
 from sparseattn.ops.once import differentiated_once
@@ -29,6 +30,7 @@ def apply(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, feature_map: str, impl: str
 ) -> Tensor:
     """Run the op, through autograd only if something needs a gradient."""
+    landmark_flops.register()
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         return _LinearAttention.apply(q, k, v, key_mask, feature_map, impl)
     return _ops.linear_attention.default(q, k, v, key_mask, feature_map, impl)[0]

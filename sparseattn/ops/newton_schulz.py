@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseattn import checks
-from sparseattn.ops import attention_checks, dispatch, landmark_stages
+from sparseattn.ops import attention_checks, dispatch, landmark_flops, landmark_stages
 from sparseattn.ops.blocked import newton_schulz as blocked
 from sparseattn.ops.blocked.plan import accumulate_dtype
 from sparseattn.ops.once import differentiated_once
@@ -84,6 +84,7 @@ def newton_schulz(
         queries, keys, values = (t.to(wide) for t in inputs)
         with torch.autocast(queries.device.type, enabled=False):
             return reference(queries, keys, values, *options)
+    landmark_flops.register()
     wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     call = _NewtonSchulz.apply if wants_gradient else _op
     out: Tensor = call(*inputs, *options, chosen)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparseattn import (
     linear_attention,
@@ -17,6 +18,7 @@ from sparseattn import (
     nystrom_attention,
     performer_attention,
 )
+from sparseattn.ops import work
 from sparseattn.testing import landmarks
 from sparseattn.testing.landmarks import LandmarkSpec as Spec
 from sparseattn.testing.landmarks import require_close, run
@@ -29,10 +31,11 @@ OPS = {  # name: (op, maker of its inputs, options)
     "performer-eps": (performer_attention, landmarks.performer, {"eps": 1e-4}),
     "linformer": (linformer_attention, landmarks.linformer, {}),
     "nystrom": (nystrom_attention, landmarks.nystrom, {}),
+    "nystrom-residual": (nystrom_attention, partial(landmarks.nystrom, residual=(5,)), {}),
     "linear": (linear_attention, landmarks.make, {}),
     "linear-relu": (linear_attention, landmarks.make, {"feature_map": "relu"}),
 }
-PLAIN = ["performer", "performer-eps", "linformer", "nystrom", "linear"]
+PLAIN = ["performer", "performer-eps", "linformer", "nystrom", "nystrom-residual", "linear"]
 BOTH = [(name, "torch") for name in OPS] + [("performer", "triton"), ("linear", "triton")]
 
 both = pytest.mark.parametrize(("name", "impl"), BOTH)
@@ -226,6 +229,27 @@ def test_autocast(name, impl, dtype=torch.bfloat16):
     assert found["out"].dtype == dtype
     assert all(found[n].dtype == torch.float32 for n in found if n != "out")
     assert same(found, run(by_hand, inputs))
+
+
+WORK = {  # of q, k and m
+    "performer": lambda q, k, m: work.performer_work(q, k, m, 4),
+    "linformer": lambda q, k, m: work.linformer_work(q, k, m, 4, is_trained=False),
+    "nystrom": lambda q, k, m: work.nystrom_work(q, k, m, 6, 4),
+    "linear": lambda q, k, m: work.linear_work(q, k, 4),
+}
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_flop_counter_counts_what_explain_says(name):
+    attend, inputs = make(name, Spec(60, 50, heads=4, key_heads=2))
+    leaves = [inputs.arguments[n].requires_grad_() for n in "qkv"]
+    with FlopCounterMode(display=False) as forward:
+        out = attend(**inputs.arguments)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    expected = WORK[name](leaves[0].shape, leaves[1].shape, 24)
+    assert forward.get_total_flops() == expected.flops
+    assert backward.get_total_flops() == expected.backward_flops
 
 
 FIRST = (0.4, 0.08, False)
