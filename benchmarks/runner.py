@@ -81,7 +81,10 @@ def run_case(
 def _admit(
     provider: Provider, problem: Problem, gate: Gate, settings: Settings
 ) -> tuple[Record, dict[str, Job]]:
-    """Return error, peak memory and jobs by mode; or a `note` why it is not timed, and no job."""
+    """Return error, peak memory and jobs by mode; or a `note` why it is not timed, and no job.
+
+    peak_bytes: held at once beyond the inputs. scratch_bytes: and beyond output and gradients.
+    """
     if provider.unavailable:
         return _note(provider.unavailable)
     if provider.scratch_bytes > settings.memory_bytes:
@@ -94,8 +97,9 @@ def _admit(
         jobs = _jobs(provider, problem)
         job = jobs.get("both", jobs["forward"])
         ready = job.prepare()
-        peak = peak_extra_bytes(lambda: job.run(ready))[1]
-        return {"error": verdict.error, "peak_bytes": peak}, jobs
+        results, peak = peak_extra_bytes(lambda: job.run(ready))
+        held = sum(tensor.nbytes for tensor in results)
+        return {"error": verdict.error, "peak_bytes": peak, "scratch_bytes": peak - held}, jobs
     except Exception as error:  # whatever a peer raises, the others are measured
         message = str(error).strip().splitlines() or [type(error).__name__]
         return _note(f"fails: {message[0][:200]}", wrong=provider.ours)
@@ -111,9 +115,9 @@ def _jobs(provider: Provider, problem: Problem) -> dict[str, Job]:
     leaves = [x for x in inputs if x.requires_grad]
     built = () if provider.index is None else (provider.index(),)
 
-    def infer(_: Any) -> Tensor:
+    def infer(_: Any) -> tuple[Tensor]:
         with torch.no_grad():
-            return provider.call(*inputs, *built)
+            return (provider.call(*inputs, *built),)
 
     jobs = {"forward": Job(infer)}
     if provider.index is not None:
@@ -124,8 +128,9 @@ def _jobs(provider: Provider, problem: Problem) -> dict[str, Job]:
     forward: Callable[..., Tensor] = partial(provider.call, *inputs)
     dout = torch.randn_like(forward(*built))
 
-    def both(*index: Any) -> Any:
-        return torch.autograd.grad(forward(*index), leaves, dout)
+    def both(*index: Any) -> tuple[Tensor, ...]:
+        out = forward(*index)
+        return out, *torch.autograd.grad(out, leaves, dout)
 
     jobs["backward"] = Job(
         lambda out: torch.autograd.grad(out, leaves, dout), partial(forward, *built)

@@ -10,7 +10,8 @@ from sparseattn.benchmarks.runner import Record
 
 HEAD = (
     "provider", "forward ms (p20-p80)", "backward ms", "both ms (p20-p80)", "index ms", "full ms",
-    "gain fwd", "gain full", "TFLOP/s useful", "dense-eq.", "GB/s", "x floor", "peak MB", "error",
+    "gain fwd", "gain full", "TFLOP/s useful", "dense-eq.", "GB/s", "x floor", "peak MB",
+    "scratch MB", "error",
 )  # fmt: skip
 
 
@@ -54,6 +55,7 @@ def cells(modes: dict[str | None, Record]) -> list[str]:
         *(_pair(forward, both, key) for key in ("useful_tflops", "dense_tflops", "gbps")),
         _pair(forward, both, "floor_ratio"),
         number(some["peak_bytes"] / 1e6),
+        number(some["scratch_bytes"] / 1e6 if "scratch_bytes" in some else None),
         f"{some['error']:.2f}",
     ]
 
