@@ -21,11 +21,13 @@ class Nystrom(Approximation):
     num_landmarks: segments, or with a grid boxes, a number or one for each axis. iterations: of
     the pseudo-inverse. grid: sizes of the image or volume, whose class tokens stand in front.
     residual_kernel: tokens, an odd number, of a depth-wise convolution of the values along the
-    sequence that is added to the result; None: no such convolution. legacy_start: for models
-    trained with transformers or nystrom-attention, in which a sample depends on its batch mates.
+    sequence that is added to the result; with a grid also an odd number for each of its axes, of
+    one on the grid; None: no such convolution. legacy_start: for models trained with transformers
+    or nystrom-attention, in which a sample depends on its batch mates.
 
-    Self-attention only. The convolution is the parameter ``residual`` [G, 1, residual_kernel, 1],
-    one filter a head, which begins at zero. A masked token counts as 0 in it.
+    Self-attention only. The convolution is the parameter ``residual``, one filter a head, which
+    begins at zero: [G, 1, residual_kernel, 1], as the others have it, or on a grid
+    [G, 1, *residual_kernel]. A masked token counts as 0 in it.
     """
 
     name = "nystrom"
@@ -37,7 +39,7 @@ class Nystrom(Approximation):
         num_landmarks: int | Sequence[int] = 64,
         iterations: int = 6,
         grid: Sequence[int] | None = None,
-        residual_kernel: int | None = None,
+        residual_kernel: int | Sequence[int] | None = None,
         legacy_start: bool = False,
         impl: Impl = "auto",
     ) -> None:
@@ -46,12 +48,7 @@ class Nystrom(Approximation):
             checks.require_int(self.name, "num_landmarks", num_landmarks, low=1)
         checks.require_int(self.name, "iterations", iterations, low=1)
         checks.require_bool(self.name, "legacy_start", legacy_start)
-        if residual_kernel is not None:
-            checks.require_int(self.name, "residual_kernel", residual_kernel, low=1)
-            if residual_kernel % 2 == 0:
-                raise ValueError(
-                    f"{self.name}: residual_kernel is {residual_kernel}; expected an odd int"
-                )
+        self._check_residual_kernel(residual_kernel, grid)
         self.num_landmarks, self.iterations, self.grid = num_landmarks, iterations, grid
         self.residual_kernel, self.legacy_start = residual_kernel, legacy_start
         self.needs_place = residual_kernel is not None
@@ -69,7 +66,8 @@ class Nystrom(Approximation):
             return
         if not place.heads:
             raise ValueError(f"{self.name}: heads is {place.heads}; expected an int >= 1")
-        shape = (place.heads, 1, self.residual_kernel, 1)
+        kernel = self.residual_kernel
+        shape = (place.heads, 1, *((kernel, 1) if isinstance(kernel, int) else kernel))
         self.residual = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
@@ -85,18 +83,27 @@ class Nystrom(Approximation):
         )  # fmt: skip
 
     def _attend(self, call: Call) -> Tensor:
-        out = nystrom_attention(
+        residual = self.residual
+        if self.residual_kernel is not None:
+            if residual is None:
+                raise RuntimeError(f"{self.name}: has no residual yet; expected a call of prepare")
+            residual = residual[:, 0]
+            residual = residual[..., 0] if isinstance(self.residual_kernel, int) else residual
+        return nystrom_attention(
             call.q, call.k, call.v, self.num_landmarks, iterations=self.iterations,
             key_mask=call.key_mask, grid=self.grid, scale=call.scale,
-            legacy_start=self.legacy_start, impl=self.impl,
+            legacy_start=self.legacy_start, residual=residual, impl=self.impl,
         )  # fmt: skip
-        if self.residual_kernel is None:
-            return out
-        if self.residual is None:
-            raise RuntimeError(f"{self.name}: has no residual yet; expected a call of prepare")
-        v = call.v
-        if call.key_mask is not None:
-            v = v.masked_fill(~call.key_mask[:, None, :, None], 0)
-        heads, half = v.shape[1], self.residual_kernel // 2
-        added = nn.functional.conv2d(v, self.residual.to(v.dtype), padding=(half, 0), groups=heads)
-        return out + added.repeat_interleave(out.shape[1] // max(1, heads), 1).to(out.dtype)
+
+    def _check_residual_kernel(self, kernel: Any, grid: Any) -> None:
+        if kernel is None:
+            return
+        on_grid = grid is not None and isinstance(kernel, Sequence)
+        sizes = kernel if on_grid else (kernel,)
+        for size in sizes:
+            checks.require_int(self.name, "residual_kernel", size, low=1)
+        rule = "an odd int" + ("" if grid is None else ", or one for each axis of the grid")
+        if any(size % 2 == 0 for size in sizes) or (on_grid and len(kernel) != len(grid)):
+            raise ValueError(
+                f"{self.name}: residual_kernel {checks.describe(kernel)}; expected {rule}"
+            )

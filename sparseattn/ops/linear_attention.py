@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from sparseattn.ops import attention_checks, dispatch, landmark_stages
+from sparseattn.ops import attention_checks, dispatch, landmark_stages, sharded
 from sparseattn.ops import linear_attention_registration as registered
 from sparseattn.reference.linear_attention import linear_attention as reference
 
@@ -57,12 +58,16 @@ def linear_attention(
         rounded to the dtype of q.
         Deterministic: equal bits on every call, and a sample does not depend on the values of its
         batch mates. Under autocast all are cast as scaled_dot_product_attention casts.
+        DTensors sharded over batch and heads stay so, and nothing is sent between ranks.
         Saved for the backward: the inputs and 4 * B * G * D * (D + 1) bytes. Differentiable once,
         except with impl="reference".
 
     Reference:
         Transformers are RNNs (2020), arXiv:2006.16236, equations 5 and 7.
     """
+    if sharded.is_sharded(q, k, v):
+        run = partial(linear_attention, feature_map=feature_map, impl=impl)
+        return sharded.attend_without_pairs(_OP, run, (q, k, v), key_mask)
     q, k, v = attention_checks.check_qkv(_OP, q, k, v)
     check_feature_map(feature_map)
     attention_checks.check_key_mask(_OP, key_mask, k)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sparseattn import checks
-from sparseattn.ops import attention_checks, dispatch, landmark_stages
+from sparseattn.ops import attention_checks, dispatch, landmark_stages, sharded
 from sparseattn.ops.once import differentiated_once
 from sparseattn.reference.linformer_attention import linformer_attention as reference
 
@@ -60,6 +61,8 @@ def linformer_attention(
         Deterministic where torch's matrix products are; a sample does not depend on the values of
         its batch mates. Exact gradients for q, k, v and both projections.
         Under autocast all are cast as scaled_dot_product_attention casts.
+        DTensors sharded over batch and heads stay so; nothing is sent between ranks but gradients
+        of the projections, which are equal on every rank.
         Saved for the backward: the inputs and the projected keys and values, 2 * B * G * m * D
         elements; the weights [Nq, m] are made anew. A layer that projects its tokens before it
         makes keys of them, E (x W) = (E x) W, saves more. Differentiable once, except with
@@ -68,6 +71,14 @@ def linformer_attention(
     Reference:
         Linformer: Self-Attention with Linear Complexity (2020), arXiv:2006.04768, equation 7.
     """
+    if sharded.is_sharded(q, k, v):
+        run = partial(linformer_attention, scale=scale, impl=impl)
+        projections = {"key_projection": key_projection, "value_projection": value_projection}
+        beside = {
+            name: (tensor, 1 if getattr(tensor, "ndim", 2) == 3 else 2)
+            for name, tensor in projections.items()
+        }
+        return sharded.attend_without_pairs(_OP, run, (q, k, v), key_mask, beside)
     q, k, v = attention_checks.check_qkv(_OP, q, k, v)
     scale = attention_checks.check_scale(_OP, scale, q)
     key_projection, value_projection = check_projections(key_projection, value_projection, k)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sparseattn import checks
-from sparseattn.ops import attention_checks, landmark_stages
+from sparseattn.ops import attention_checks, depthwise_residual, landmark_stages, sharded
 from sparseattn.ops import newton_schulz as middle
 from sparseattn.ops.segment_means import segment_means
 from sparseattn.reference.nystrom_attention import nystrom_attention as reference
@@ -31,16 +32,18 @@ def nystrom_attention(
     grid: Sequence[int] | None = None,
     scale: float | None = None,
     legacy_start: bool = False,
+    residual: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Attend to the tokens themselves through m landmarks: linear in N, no N x N, no N x m.
 
-        o = F1 Z_t (F3 v),     F1 = softmax(scale * q k~.T)     [N, m]
-                               F2 = softmax(scale * q~ k~.T)    [m, m]
-                               F3 = softmax(scale * q~ k.T)     [m, N]
+        o = F1 Z_t (F3 v) + c,     F1 = softmax(scale * q k~.T)     [N, m]
+                                   F2 = softmax(scale * q~ k~.T)    [m, m]
+                                   F3 = softmax(scale * q~ k.T)     [m, N]
 
     Landmarks q~ and k~ are means of q and k over segments of the tokens; Z_t, t steps of
-    newton_schulz from F2, tends to the pseudo-inverse of F2.
+    newton_schulz from F2, tends to the pseudo-inverse of F2. c, with a residual alone, is its
+    convolution with v, c_i = sum_t residual_t v_{i + t - w // 2}.
 
     Args:
         q: [B, H, N, D], float32, float16, bfloat16 or float64; any strides.
@@ -56,10 +59,14 @@ def nystrom_attention(
         scale: multiplies q . k; default D ** -0.5.
         legacy_start: as in newton_schulz, for models trained with transformers or
             nystrom-attention: a sample then depends on its batch mates.
+        residual: [G, w], one filter a head along the tokens, or with a grid [G, w, ...], one along
+            its axes; odd sizes, rounded to the dtype of q. What lies beyond the ends counts as 0,
+            and so does a masked token; tokens in front of a grid have c = 0 then.
         impl: "triton" (NVIDIA GPU of capability 8.0 or newer; CPU under TRITON_INTERPRET=1),
             "torch" (any device), "reference" (naive, O(N * m) memory, differentiable twice), or
             "auto": triton on CUDA where it can run, else torch. With more than 128 landmarks or
-            legacy_start, newton_schulz is torch's matrix products everywhere.
+            legacy_start, newton_schulz is torch's matrix products everywhere. The residual is
+            torch's convolution everywhere.
 
     Returns:
         o [B, H, N, D], dtype and memory layout of q.
@@ -73,10 +80,13 @@ def nystrom_attention(
         A sample whose tokens are all masked gets o = 0 and zero gradients. Padded with key_mask
         equals unpadded. Of fewer tokens than landmarks each is its own landmark.
         Deterministic; without legacy_start a sample does not depend on the values of its batch
-        mates. Exact gradients of the t steps for q, k and v.
+        mates. (With a residual where torch's convolutions are and do so.) Exact gradients of the t
+        steps for q, k and v, and for the residual.
         Landmarks are rounded to the dtype of q; newton_schulz works in float32. Tokens that
         resemble nothing near them (random ones) make F2 hard to invert: o is then far from softmax
         attention, whatever t.
+        DTensors sharded over batch and heads stay so; nothing is sent between ranks but the
+        gradient of residual, which is the whole one on every rank. legacy_start is not for them.
         Saved for the backward: the inputs and about 4 * B * H * m * (4 D + 1) bytes. Differentiable
         once, except with impl="reference".
 
@@ -84,6 +94,15 @@ def nystrom_attention(
         Nystromformer: A Nystrom-Based Algorithm for Approximating Self-Attention (2021),
         arXiv:2102.03902, equations 10, 11 and 13.
     """
+    if sharded.is_sharded(q, k, v):
+        sharded.refuse(_OP, legacy_start=legacy_start)
+        run = partial(
+            nystrom_attention, num_landmarks=num_landmarks, iterations=iterations, grid=grid,
+            scale=scale, impl=impl,
+        )  # fmt: skip
+        return sharded.attend_without_pairs(
+            _OP, run, (q, k, v), key_mask, {"residual": (residual, 1)}
+        )
     q, k, v = attention_checks.check_qkv(_OP, q, k, v)
     scale = attention_checks.check_scale(_OP, scale, q)
     checks.require_int(_OP, "iterations", iterations, low=1)
@@ -95,6 +114,8 @@ def nystrom_attention(
             f"N={q.shape[2]} (from q)"
         )
     cells, prefix = check_landmarks(num_landmarks, grid, q.shape[2])
+    if residual is not None:
+        depthwise_residual.check(_OP, residual, v, grid)
     if q.numel() == 0:
         return q.clone()
     segments = segments_of(q, grid, cells, prefix, key_mask)
@@ -102,10 +123,16 @@ def nystrom_attention(
     with torch.autocast(q.device.type, enabled=False):
         if chosen == "reference":
             ids, count = segments.ids.expand(q.shape[0], -1), segments.counts.shape[1]
-            return reference(q, k, v, ids, count, iterations, scale, legacy_start)
+            return reference(
+                q, k, v, ids, count, iterations, scale, legacy_start, residual, grid
+            )  # fmt: skip
         may_lack = key_mask is not None or q.shape[2] < segments.counts.shape[1]
         shown = segments.counts > 0 if may_lack else None
-        return _attend(q, k, v, segments, key_mask, shown, iterations, scale, legacy_start, chosen)
+        out = _attend(q, k, v, segments, key_mask, shown, iterations, scale, legacy_start, chosen)
+        if residual is None:
+            return out
+        beside = depthwise_residual.depthwise_residual(v, residual, key_mask, grid)
+        return out + beside.repeat_interleave(q.shape[1] // k.shape[1], 1)
 
 
 def unsupported(q: Tensor) -> list[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sparseattn import checks
-from sparseattn.ops import attention_checks, landmark_stages
+from sparseattn.ops import attention_checks, landmark_stages, sharded
 from sparseattn.reference.performer_attention import performer_attention as reference
 
 _OP = "performer_attention"
@@ -72,12 +73,18 @@ def performer_attention(
         batch mates. (With eps on a GPU, torch's own sums take part.)
         Exact gradients for q, k, v and projection; with eps none through the two maxima, as in the
         originals. Under autocast all are cast as scaled_dot_product_attention casts.
+        DTensors sharded over batch and heads stay so; nothing is sent between ranks but the
+        gradient of projection, which is equal on every rank.
         Saved for the backward: the inputs and 4 * B * G * m * (D + 1) bytes. Differentiable once,
         except with impl="reference".
 
     Reference:
         Rethinking Attention with Performers (2020), arXiv:2009.14794, lemma 1 and section 2.4.
     """
+    if sharded.is_sharded(q, k, v):
+        run = partial(performer_attention, kernel=kernel, scale=scale, eps=eps, impl=impl)
+        beside = {"projection": (projection, 2)}
+        return sharded.attend_without_pairs(_OP, run, (q, k, v), key_mask, beside)
     q, k, v = attention_checks.check_qkv(_OP, q, k, v)
     projection = check_projection(projection, q)
     scale = check_scale(scale, q)

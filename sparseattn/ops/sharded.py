@@ -66,6 +66,30 @@ def attend(
     return _whole(out, q, tuple(q.stride())), *(_whole(other, q, None) for other in others)
 
 
+def attend_without_pairs(
+    op: str,
+    function: Callable[..., Tensor],
+    qkv: tuple[Any, Any, Any],
+    key_mask: Any,
+    beside: Mapping[str, tuple[Any, int]] | None = None,
+) -> Tensor:
+    """Return as a DTensor what `function(q, k, v, key_mask=..., **beside)` returns for shards.
+
+    For ops whose other tensors serve the whole batch. beside: name -> one of them, or None, and
+    how many of the dimensions batch and heads it lacks: 2 if it serves all heads, 1 if it has key
+    heads in front.
+    """
+    lacks = {name: n for name, (t, n) in (beside or {}).items() if isinstance(t, Tensor)}
+    extras = {name: t for name, (t, _) in (beside or {}).items()}
+    extras |= {name: extras[name][(None,) * n] for name, n in lacks.items()}
+
+    def run(q: Tensor, k: Tensor, v: Tensor, **local: Any) -> tuple[Tensor]:
+        local |= {name: local[name][(0,) * n] for name, n in lacks.items()}
+        return (function(q, k, v, **local),)
+
+    return attend(op, run, qkv, {"key_mask": key_mask, **extras})[0]
+
+
 def refuse(op: str, **wanted: bool) -> None:
     """Raise for options that return what has no shards of its own."""
     for name, value in wanted.items():

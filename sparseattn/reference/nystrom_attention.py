@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,22 +21,46 @@ def nystrom_attention(
     iterations: int,
     scale: float,
     legacy_start: bool,
+    residual: Tensor | None = None,
+    grid: Sequence[int] | None = None,
 ) -> Tensor:
     """Return o [B, H, N, D] = F1 Z_t F3 v. ids [B, N] are the tokens' landmarks, -1 for none.
+
+    residual [G, w, ...] are filters of the tokens, or of a grid at their end, to be added.
 
     A token of no landmark is no key; what it holds, even NaN, reaches nobody but its own o.
     """
     if q.shape[2] == 0:
         return q + (k.sum() + v.sum()) * 0  # sums of nothing, with a gradient
     group = q.shape[1] // k.shape[1] if k.shape[1] else 1
-    v = v.where((ids >= 0)[:, None, :, None], 0).repeat_interleave(group, 1)
+    v = v.where((ids >= 0)[:, None, :, None], 0)
+    shown = v
+    v = v.repeat_interleave(group, 1)
     first, third, queries, keys, exists = softmaxes(q, k, ids, num_landmarks, scale)
     wide = torch.promote_types(q.dtype, torch.float32)
     middle = newton_schulz(
         queries.to(wide), keys.to(wide), (third @ v).to(wide), exists, iterations, scale,
         legacy_start,
     )  # fmt: skip
-    return first @ middle.to(q.dtype)
+    out = first @ middle.to(q.dtype)
+    if residual is None:
+        return out
+    return out + _filtered(shown, residual.to(v.dtype), grid).repeat_interleave(group, 1)
+
+
+def _filtered(v: Tensor, residual: Tensor, grid: Sequence[int] | None) -> Tensor:
+    """Return the sum of shifted values [B, G, N, D], a weight for each shift; zeros beyond."""
+    axes = (v.shape[2],) if residual.dim() == 2 or grid is None else tuple(grid)
+    prefix = v.shape[2] - math.prod(axes)
+    halves = [size // 2 for size in residual.shape[1:]]
+    edges = [half for half in reversed(halves) for _ in range(2)]
+    padded = torch.nn.functional.pad(v[:, :, prefix:].unflatten(2, axes), (0, 0, *edges))
+    total = torch.zeros_like(v[:, :, prefix:]).unflatten(2, axes)
+    for shift in itertools.product(*map(range, residual.shape[1:])):
+        some = tuple(slice(at, at + size) for at, size in zip(shift, axes, strict=True))
+        weight = residual[(slice(None), *shift)].view(1, -1, *(1,) * (len(axes) + 1))
+        total = total + weight * padded[(slice(None), slice(None), *some)]
+    return torch.nn.functional.pad(total.flatten(2, -2), (0, 0, prefix, 0))
 
 
 def softmaxes(

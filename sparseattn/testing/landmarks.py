@@ -149,11 +149,21 @@ def nystrom(
     spec: LandmarkSpec,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    residual: tuple[int, ...] = (),
 ) -> OpInputs:
-    """Make inputs of nystrom_attention, whose keys are the tokens of its queries."""
+    """Make inputs of nystrom_attention, whose keys are the tokens of its queries.
+
+    residual: sizes of the filter that every head gets; none: no residual.
+    """
     tokens = spec.q_len if spec.k_len is None else min(spec.q_len, spec.k_len)
     inputs = make(replace(spec, q_len=tokens, k_len=None), dtype, device)
-    return inputs.changed(num_landmarks=spec.landmarks, scale=spec.scale)
+    inputs = inputs.changed(num_landmarks=spec.landmarks, scale=spec.scale)
+    if not residual:
+        return inputs
+    random = torch.Generator().manual_seed(spec.seed + 1)
+    filters = torch.randn((inputs.arguments["k"].shape[1], *residual), generator=random)
+    inputs = inputs.changed(residual=filters.to(device, dtype))
+    return replace(inputs, leaves=("q", "k", "v", "residual"))
 
 
 def newton_schulz(

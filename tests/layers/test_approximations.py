@@ -188,7 +188,16 @@ def test_options_are_checked():
         ("performer", {"seed": -1}, "performer: seed is -1; expected"),
         ("nystrom", {"num_landmarks": 0}, "nystrom: num_landmarks is 0; expected"),
         ("nystrom", {"iterations": 0}, "nystrom: iterations is 0; expected"),
-        ("nystrom", {"residual_kernel": 4}, "nystrom: residual_kernel is 4; expected an odd int"),
+        (
+            "nystrom",
+            {"residual_kernel": 4},
+            "nystrom: residual_kernel is 4 .*; expected an odd int",
+        ),
+        (
+            "nystrom",
+            {"residual_kernel": (3, 3, 3), "grid": (6, 6)},
+            "one for each axis of the grid",
+        ),
         ("linformer", {"tokens": 0}, "linformer: tokens is 0; expected"),
         ("linformer", {"tokens": 9, "sharing": "all"}, "linformer: sharing is 'all'; expected"),
         ("linear", {"feature_map": "exp"}, "linear: feature_map is 'exp'; expected"),
@@ -265,7 +274,7 @@ def test_hosts_convert_train_and_go_back(make):
     for method, options in (
         ("performer", {"features": 2048, "norms": "sqrt"}),
         ("linformer", {"tokens": 65, "num_landmarks": 8, "sharing": "none"}),
-        ("nystrom", {"num_landmarks": (4, 4), "grid": (8, 8), "residual_kernel": 3}),
+        ("nystrom", {"num_landmarks": (4, 4), "grid": (8, 8), "residual_kernel": (3, 5)}),
         ("linear", {}),
     ):
         report = convert(model, method, **options)

@@ -52,6 +52,15 @@ GRIDS = {
     "class-tokens": (Spec(50, heads=1), {"grid": (6, 8), "num_landmarks": (2, 3)}),
     "3d": (Spec(61, landmarks=8, key_mask="random"), {"grid": (3, 4, 5)}),
 }
+RESIDUALS = {  # the filter of each head, and what it is of
+    "one-tap": (Spec(20, heads=1, landmarks=8), (1,), {}),
+    "33-taps": (Spec(60, landmarks=12), (33,), {}),
+    "longer-than-the-tokens": (Spec(7, landmarks=4), (21,), {}),
+    "gqa-masked": (Spec(40, heads=4, key_heads=2, landmarks=8, key_mask="random"), (5,), {}),
+    "along-the-tokens-of-a-grid": (Spec(50, heads=1), (3,), {"grid": (6, 8)}),
+    "2d": (Spec(50, landmarks=8, key_mask="random"), (3, 5), {"grid": (6, 8)}),
+    "3d": (Spec(61, landmarks=8, layout="permuted"), (3, 1, 7), {"grid": (3, 4, 5)}),
+}
 LEGACY = {"legacy_start": True}
 
 
@@ -78,6 +87,35 @@ def test_landmarks_of_a_grid(case, impl):
     if impl == "triton":
         spec = replace(spec, heads=1, batch=1 if spec.key_mask is None else 2)
     check(attend(impl), REFERENCE, nystrom(spec, device=DEVICES[impl]).changed(**options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", RESIDUALS)
+def test_residual(case, dtype):
+    spec, taps, options = RESIDUALS[case]
+    check(attend("torch"), REFERENCE, nystrom(spec, dtype, residual=taps).changed(**options))
+
+
+def test_residual_beside_the_triton_path():
+    spec, taps, options = RESIDUALS["gqa-masked"]
+    spec = replace(spec, heads=2, key_heads=1, head_dim=16)
+    inputs = nystrom(spec, device=DEVICES["triton"], residual=taps)
+    check(attend("triton"), REFERENCE, inputs.changed(**options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_residual_in_half_precision(dtype):
+    """Its part of the result and its gradients: what another filter leaves as it is drops out."""
+    inputs = nystrom(Spec(40, landmarks=8, correlated=True), dtype, residual=(5,))
+
+    def part(residual, **arguments):
+        return attend("torch")(**arguments, residual=residual) - attend("torch")(**arguments)
+
+    def exact(v, residual, **_):
+        weight = residual[:, None, :, None]
+        return torch.nn.functional.conv2d(v, weight, padding=(2, 0), groups=2)
+
+    check(part, exact, replace(inputs, leaves=("v", "residual")), limits_only=True)
 
 
 @pytest.mark.parametrize("case", TRITON)
@@ -263,6 +301,16 @@ ERRORS = [
     (ValueError, "grid is (4, 4) (tuple); expected at most N", {"grid": (4, 4)}),
     (TypeError, "grid is 2.0 (float)", {"grid": (2.0, 2)}),
     (TypeError, "legacy_start is 1 (int)", {"legacy_start": 1}),
+    (TypeError, "residual is 3 (int)", {"residual": 3}),
+    (TypeError, "residual has dtype torch.int64", {"residual": torch.ones(2, 3).long()}),
+    (ValueError, "residual has shape [2, 4]; expected [G, w] with odd w, G=2 (from v)",
+     {"residual": torch.ones(2, 4)}),
+    (ValueError, "residual has shape [3, 5]; expected [G, w]", {"residual": torch.ones(3, 5)}),
+    (ValueError, "residual has shape [2, 3, 3]; expected [G, w] with odd",
+     {"residual": torch.ones(2, 3, 3)}),
+    (ValueError, "residual has shape [2, 3, 3, 3]; expected [G, w] or one for each axis of the "
+     "grid, [G, w, w]", {"residual": torch.ones(2, 3, 3, 3), "grid": (3, 4)}),
+    (ValueError, "residual is on meta", {"residual": torch.ones(2, 3, device="meta")}),
     (ValueError, f"scale is {math.inf}", {"scale": math.inf}),
 ]  # fmt: skip
 

@@ -12,8 +12,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
-from sparseattn import BlockMask, block_sparse_attention, saliency_attention, topk_attention
-from sparseattn.testing import tolerance
+from sparseattn import (
+    BlockMask,
+    block_sparse_attention,
+    linear_attention,
+    linformer_attention,
+    nystrom_attention,
+    performer_attention,
+    saliency_attention,
+    topk_attention,
+)
+from sparseattn.testing import landmarks, tolerance
 
 CASES = {  # batch, heads, key heads, placement of q, what the output's placement must be
     "batch": (2, 4, 4, Shard(0), Shard(0)),
@@ -61,6 +70,17 @@ def saliency(leaves, batch, heads, per):
     )  # fmt: skip
 
 
+def without_pairs(function, *names, **options):
+    """An op whose other tensors, of these names, serve the whole batch."""
+
+    def call(leaves, batch, heads, per):
+        q, k, v, *others = leaves
+        beside = dict(zip(names, others, strict=True))
+        return (function(q, k, v, key_mask=some_keys(batch), **beside, **options),)
+
+    return call
+
+
 def some_keys(batch):
     shown = torch.rand(batch, 90) < 0.8
     shown[:, 0] = True
@@ -82,8 +102,36 @@ OPS = {
     "saliency_attention": Op(saliency, 90, False, lambda b, h, g: {
         "saliency": torch.randn(b, g, 90), "passthrough": torch.randn(b, h, 90, 16),
     }),
+    "performer_attention": Op(
+        without_pairs(performer_attention, "projection"), 100, False,
+        lambda b, h, g: {"projection": torch.randn(8, 16)},
+    ),
+    "linformer_attention": Op(
+        without_pairs(linformer_attention, "key_projection", "value_projection"), 100, False,
+        lambda b, h, g: {
+            "key_projection": torch.randn(g, 8, 90) / 9, "value_projection": torch.randn(8, 90) / 9,
+        },
+    ),
+    "nystrom_attention": Op(
+        without_pairs(nystrom_attention, "residual", num_landmarks=8, iterations=2), 90, False,
+        lambda b, h, g: {"residual": torch.randn(g, 5)},
+    ),
+    "linear_attention": Op(without_pairs(linear_attention), 100, False, lambda b, h, g: {}),
 }  # fmt: skip
-PLAIN = ("key_bias", "gate")  # the whole one on every rank; others are replicated DTensors
+# products of fewer heads may be rounded otherwise
+WITHOUT_PAIRS = (
+    "performer_attention",
+    "linformer_attention",
+    "nystrom_attention",
+    "linear_attention",
+)
+RUNS = [  # op, name of the case, whether masks are each sample's and head's
+    (op, name, mask_per)
+    for op, name, mask_per in itertools.product(OPS, CASES, (False, True))
+    if not (mask_per and op in WITHOUT_PAIRS)
+]
+# the whole one on every rank; others are replicated DTensors
+PLAIN = ("key_bias", "gate", "projection", "value_projection", "residual")
 
 
 def attend(op, leaves, seed, batch, heads, per, weights):
@@ -114,7 +162,9 @@ def run_case(mesh, op, batch, heads, key_heads, placement, wanted, mask_per):
     names = ("out", *["lse"] * OPS[op].lse, "dq", "dk", "dv", *(f"d{name}" for name in extras))
     for name, result, value, exact in zip(names, found, *results, strict=True):
         full = result.full_tensor() if isinstance(result, DTensor) else result
-        if name[1:] in PLAIN:  # summed over ranks, in another order
+        if op in WITHOUT_PAIRS:
+            faults += landmarks.judge(name, full, value, exact).faults
+        elif name[1:] in PLAIN:  # summed over ranks, in another order
             faults += tolerance.judge(name, full, value, exact).faults
         elif not torch.equal(full, value):
             faults.append(f"{name} is off by {float((full - value).abs().max()):.1e}")
@@ -133,6 +183,7 @@ def refuse(mesh):
         "return_indices is True": (
             saliency_attention, whole, some, {"keep": 0.5, "return_indices": True},
         ),
+        "legacy_start is True": (nystrom_attention, whole, 8, {"legacy_start": True}),
     }  # fmt: skip
     faults = []
     for text, (op, k, argument, options) in calls.items():
@@ -152,7 +203,7 @@ def work(rank, folder):
     )
     mesh = init_device_mesh("cpu", (2,))
     report = {"refused": refuse(mesh)}
-    for op, name, mask_per in itertools.product(OPS, CASES, (False, True)):
+    for op, name, mask_per in RUNS:
         torch.manual_seed(0)
         report[f"{op}, {name}, {mask_per}"] = run_case(mesh, op, *CASES[name], mask_per)
     torch.save(report, f"{folder}/{rank}.pt")
@@ -169,9 +220,7 @@ def reports(tmp_path_factory):
     return [torch.load(f"{folder}/{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("mask_per", [False, True], ids=["one mask", "mask per head"])
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("op", "name", "mask_per"), RUNS)
 def test_shards_equal_the_whole(reports, op, name, mask_per):
     assert [report[f"{op}, {name}, {mask_per}"] for report in reports] == [[], []]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -15,9 +16,9 @@ from sparseattn.testing.landmarks import LandmarkSpec as Spec
 from sparseattn.testing.landmarks import nystrom
 
 
-def case(name: str, size: Size, spec: Spec, **options: Any) -> Case:
+def case(name: str, size: Size, spec: Spec, make: linear.Maker = nystrom, **options: Any) -> Case:
     """The case of a spec."""
-    return linear.case(nystrom_attention, name, size, spec, nystrom, _landmarks, **options)
+    return linear.case(nystrom_attention, name, size, spec, make, _landmarks, **options)
 
 
 def _landmarks(_: Callable[..., Tensor], spec: Spec) -> dict[str, Any]:
@@ -51,5 +52,6 @@ CASES = (
     *(case(name, "edge", spec) for name, spec in EDGES.items()),
     case("grid3", "edge", replace(ODD, key_mask="random"), grid=(5, 6, 9)),
     case("legacy", "edge", ODD, legacy_start=True),
+    case("residual", "edge", replace(ODD, key_mask="tail"), partial(nystrom, residual=(33,))),
     case("huge", "huge", Spec(4096, batch=513, heads=16, head_dim=64, landmarks=64)),
 )
