@@ -30,14 +30,16 @@ def build(case: Case) -> Problem:
     def reference(rows: Tensor, *inputs: Tensor) -> Tensor:
         return newton_schulz(*inputs, iterations=ITERATIONS, impl="reference")[:, :, rows]
 
-    forward, backward = newton_schulz_flops(shape[0] * shape[1], *shape[2:], ITERATIONS)
+    matrices = shape[0] * shape[1]
+    forward, backward = newton_schulz_flops(matrices, shape[2], shape[3], ITERATIONS)
     unit = float(keys.numel() * keys.element_size())
-    matrices = 4.0 * keys.numel() / case["head_dim"] * case["landmarks"]
     return Problem(
         inputs=inputs,
         providers=(
             Provider("sparseattn", ours, ours=True),
-            Provider("products", products, scratch_bytes=8 * ITERATIONS * matrices),
+            Provider(
+                "products", products, scratch_bytes=32.0 * ITERATIONS * matrices * shape[2] ** 2
+            ),
         ),
         reference=reference,
         work=Work(

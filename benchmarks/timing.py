@@ -17,7 +17,7 @@ FLUSH_BYTES = 256 * 2**20  # more than the L2 cache of any GPU
 class Job:
     """What is timed: `run` of what `prepare` returns; the preparation is not timed."""
 
-    run: Callable[[Any], object]
+    run: Callable[[Any], Any]
     prepare: Callable[[], Any] = lambda: None
 
 

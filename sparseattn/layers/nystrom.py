@@ -83,7 +83,7 @@ class Nystrom(Approximation):
         )  # fmt: skip
 
     def _attend(self, call: Call) -> Tensor:
-        residual = self.residual
+        residual: Tensor | None = self.residual
         if self.residual_kernel is not None:
             if residual is None:
                 raise RuntimeError(f"{self.name}: has no residual yet; expected a call of prepare")

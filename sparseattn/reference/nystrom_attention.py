@@ -56,10 +56,11 @@ def _filtered(v: Tensor, residual: Tensor, grid: Sequence[int] | None) -> Tensor
     edges = [half for half in reversed(halves) for _ in range(2)]
     padded = torch.nn.functional.pad(v[:, :, prefix:].unflatten(2, axes), (0, 0, *edges))
     total = torch.zeros_like(v[:, :, prefix:]).unflatten(2, axes)
-    for shift in itertools.product(*map(range, residual.shape[1:])):
-        some = tuple(slice(at, at + size) for at, size in zip(shift, axes, strict=True))
-        weight = residual[(slice(None), *shift)].view(1, -1, *(1,) * (len(axes) + 1))
-        total = total + weight * padded[(slice(None), slice(None), *some)]
+    shifts = itertools.product(*map(range, residual.shape[1:]))
+    for weight, shift in zip(residual.flatten(1).unbind(1), shifts, strict=True):
+        some = (slice(at, at + size) for at, size in zip(shift, axes, strict=True))
+        part = padded[(slice(None), slice(None), *some)]
+        total = total + weight.view(-1, *(1,) * (len(axes) + 1)) * part
     return torch.nn.functional.pad(total.flatten(2, -2), (0, 0, prefix, 0))
 
 
