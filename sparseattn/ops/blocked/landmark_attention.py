@@ -19,7 +19,7 @@ from sparseattn.ops.blocked.plan import Scratch
 from sparseattn.ops.blocked.plan import accumulate_dtype as wide_dtype
 
 RELU_EPS = 1e-3  # added to the features of the ReLU kernel
-_CHUNK_WEIGHTS = 1 << 19  # weights of a chunk: what keeps the buffers of one chunk in the cache
+_CHUNK_WEIGHTS = 1 << 18  # weights of a chunk: what keeps the buffers of one chunk in the cache
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,6 @@ def stage1(
     values = k.new_zeros((*k.shape[:2], count, k.shape[3]), dtype=wide)
     lse = k.new_full(values.shape[:3], -math.inf, dtype=wide)
     peak = k.new_full(values.shape[:2], -math.inf, dtype=wide)
-    sums = None if segments is None else torch.zeros_like(values)
     scratch = Scratch(k.device)
     for chunks in _slabs((*k.shape[:2], k.shape[2]), count):
         where = chunks[0].batch, chunks[0].heads
@@ -144,11 +143,23 @@ def stage1(
             total = total.mul_(fade).add_(p.sum(-1, keepdim=True))
             acc.mul_(fade).baddbmm_(p, some)
             top = new
-            if sums is not None and segments is not None:
-                segment_means.add_rows(sums[where], segments[slab.batch, slab.tokens], keys)
         lse[where] = (top + total.log())[..., 0]
         values[where] = acc.div_(total.masked_fill(total == 0, 1))
-    return values, lse, peak, sums
+    if segments is None:
+        return values, lse, peak, None
+    is_hidden = None if bias is None else bias == -math.inf
+    return values, lse, peak, segment_means.sums(k, segments, count, is_hidden).contiguous()
+
+
+def _with_spare_row(rows: Tensor) -> Tensor:
+    """Return rows of segments with one of zeros behind them, for tokens of no segment."""
+    return torch.nn.functional.pad(rows, (0, 0, 0, 1))
+
+
+def _rows_of(slab: _Slab, segments: Tensor, count: int) -> Tensor:
+    """Return the segment of every token of a slab, `count` for none."""
+    ids = segments[slab.batch, slab.tokens]
+    return ids.where(ids >= 0, count)
 
 
 def _hidden(bias: Tensor) -> Tensor:
@@ -178,7 +189,7 @@ def stage1_backward(
     delta = (dvalues * values).sum(-1)
     delta = delta if dlse is None else delta - dlse
     # without segments a compiled backward hands on the zeros of an empty result
-    dsums = None if dsums is None or segments is None else segment_means.with_spare_row(dsums)
+    dsums = None if dsums is None or segments is None else _with_spare_row(dsums)
     peak = lse.masked_fill(lse == -math.inf, math.inf)
     scratch = Scratch(k.device)
     for chunks in _slabs((*k.shape[:2], k.shape[2]), landmarks.shape[2]):
@@ -217,7 +228,7 @@ def _of_segments(
     dsums: Tensor, segments: Tensor, slab: _Slab, bias: Tensor | None, out: Tensor
 ) -> None:
     """Write for each key the gradient of its segment's sum, 0 for hidden keys and for none."""
-    ids = segment_means.spare_row(segments[slab.batch, slab.tokens], dsums.shape[1] - 1)
+    ids = _rows_of(slab, segments, dsums.shape[1] - 1)
     torch.index_select(dsums, 1, ids, out=out)
     if bias is not None:
         out.masked_fill_((slab.of(bias, bias.dtype) == -math.inf)[..., None], 0)
