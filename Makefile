@@ -20,7 +20,7 @@ export PIP_NO_INPUT := 1
 .PHONY: help demo test test-all check fix cubins cubins-all gpu-proof bench tables clean
 
 help:
-	@echo "make demo    dense against sparse attention on a chest radiograph; writes demo_output/"
+	@echo "make demo    dense against sparse attention on a chest radiograph, and the models; writes demo_output/"
 	@echo "make test    the tests, on the CPU and on a GPU where there is one; make test-all adds slow ones"
 	@echo "make check   lint, format and types; changes nothing"
 	@echo "make fix     lint and format, mending what can be mended"

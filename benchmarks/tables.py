@@ -1,6 +1,6 @@
-"""Writes what the README and the pages of results/ say about speed, from the committed results.
+"""Writes what the README and the pages of results/ say of speed and of the papers' claims.
 
-`make tables` runs it. Everything between the two marks of the README, and every
+`make tables` runs it, on the committed results. What is between two marks of the README, and every
 `results/<machine>/README.md`, is made here; a test holds them against the JSON beside them.
 """
 
@@ -12,13 +12,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from sparseattn.benchmarks import registry, results
+from sparseattn.benchmarks import claims, registry, results
 from sparseattn.benchmarks.machine import ROOT
 from sparseattn.benchmarks.runner import Record
 from sparseattn.benchmarks.table import HEAD, break_even, by_case, cells, sweeps
 
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- speed: made by `make tables` -->", "<!-- end of speed -->"
+CLAIMS = RESULTS / "claims.json"
+CLAIMS_MARKS = "<!-- claims: made by `make tables` -->", "<!-- end of claims -->"
 Rows = list[list[str]]
 
 
@@ -27,7 +29,8 @@ def main() -> None:
     from sparseattn.benchmarks.plots import draw
 
     readme = ROOT / "README.md"
-    readme.write_text(with_speed(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    text = with_claims(with_speed(readme.read_text(encoding="utf-8")))
+    readme.write_text(text, encoding="utf-8")
     for folder in machines():
         draw(records_of(folder), folder)
         (folder / "README.md").write_text(page(folder), encoding="utf-8")
@@ -50,12 +53,29 @@ def records_of(folder: Path) -> list[Record]:
 
 
 def with_speed(readme: str) -> str:
-    """Return the README with the part between the marks made anew."""
-    before, _, rest = readme.partition(BEGIN)
-    _, found, after = rest.partition(END)
+    """Return the README with the part about speed made anew."""
+    return _with_part(readme, (BEGIN, END), speed())
+
+
+def with_claims(readme: str) -> str:
+    """Return the README with the part about the papers' claims made anew."""
+    return _with_part(readme, CLAIMS_MARKS, papers_claims())
+
+
+def _with_part(readme: str, marks: tuple[str, str], part: str) -> str:
+    before, _, rest = readme.partition(marks[0])
+    _, found, after = rest.partition(marks[1])
     if not found:
-        raise ValueError(f"README.md lacks the marks {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{speed()}\n{END}{after}"
+        raise ValueError(f"README.md lacks the marks {marks[0]} and {marks[1]}")
+    return f"{before}{marks[0]}\n{part}\n{marks[1]}{after}"
+
+
+def papers_claims() -> str:
+    """Return the README's table of claims, and what it was measured on."""
+    if not CLAIMS.is_file():
+        return "No committed findings yet."
+    findings = claims.read(CLAIMS)
+    return f"Measured on {claims.measured_on(findings)}.\n\n{markdown(claims.rows(findings))}"
 
 
 def speed() -> str:

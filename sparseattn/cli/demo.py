@@ -18,6 +18,8 @@ from sparseattn.cli import demo_vit as vit
 from sparseattn.cli.demo_measure import Job, attention_job, compare, relative_error, stack_job
 from sparseattn.cli.demo_page import Findings, write_page
 from sparseattn.cli.demo_saliency import SaliencyPanel, saliency_panel
+from sparseattn.cli.demo_systems import PANELS, write_systems_page
+from sparseattn.cli.extras import explain_missing
 from sparseattn.data import Radiograph, load_radiograph, to_square
 from sparseattn.viz.report import (
     Row,
@@ -35,6 +37,7 @@ NEEDED = {
     "matplotlib": "matplotlib",
     "tqdm": "tqdm",
 }
+SAMPLES_OF = {"sklearn": "scikit-learn", "nilearn": "nilearn", "nibabel": "nibabel", "timm": "timm"}
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add("--quick", action="store_true", help="small and few repeats: a check, not a measurement")
     add("--seed", type=int, default=0, help="of the random weights (default 0)")
     add("--image", type=Path, help="a DICOM radiograph (default: RG1 of pydicom-data)")
+    text = "page of the five reference models (default: also; none with --quick)"
+    add("--systems", choices=("also", "only", "none"), help=text)
     parser.set_defaults(run=run, parser=parser)
 
 
@@ -81,16 +86,36 @@ def run(args: argparse.Namespace) -> int:
     if missing:
         args.parser.exit(1, f'demo needs {", ".join(missing)}; pip install "sparseattn[demo]"\n')
     started = time.perf_counter()
+    systems = args.systems or ("none" if args.quick else "also")
     try:
         radiograph = load_radiograph(options.image)
         options.out.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
+        if systems != "only":
+            findings = _measure(radiograph, options, started)
+            _print(findings, write_page(findings, options.out))
+        if systems != "none":
+            _systems(options, systems == "only", started)
+    except (OSError, ValueError, ImportError) as error:
         args.parser.error(str(error))
-    findings = _measure(radiograph, options, started)
-    page = write_page(findings, options.out)
-    _print(findings, page)
     print(f"total {time.perf_counter() - started:.0f} s")
     return 0
+
+
+def _systems(options: Options, asked_for: bool, started: float) -> None:
+    """Write the page of the reference models; without what it needs, say so."""
+    try:
+        explain_missing()
+        for module, package in SAMPLES_OF.items():
+            if not importlib.util.find_spec(module):
+                raise ImportError(f'needs {package}; pip install "sparseattn[test]"')
+    except ImportError as error:
+        if asked_for:
+            raise
+        print(f"the page of the reference models is left out: {error}")
+        return
+    progress = _Progress(len(PANELS), started)
+    print(f"page: {write_systems_page(options.out, options.seed, progress.stage)}")
+    progress.close()
 
 
 def _checked_options(args: argparse.Namespace) -> Options:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sparseattn.cli.extras import explain_missing
-from sparseattn.data.chest import LAYOUTS
 from sparseattn.data.samples import SAMPLES, UNLABELLED
+from sparseattn.data.sources import TABLES
 from sparseattn.training.options import TrainOptions, parse_changes
 from sparseattn.training.recipe import RECIPES, recipe_type
 
@@ -27,14 +27,19 @@ HELP = {
     "log_every": "steps between rows of steps.csv",
     "workers": "processes that load data",
     "device": "auto or cpu",
-    "layout": "of a folder: folders, or that of a table: {layouts}",
+    "begin": "folder of a run of the pre-trained model: its weights and config are taken over",
+    "layout": "of a folder: folders, nnunet (volumes), or that of a table: {layouts}",
     "table": "CSV file of a layout that has one",
     "target": "finding of the table that is to be told",
     "uncertain": "what an uncertain finding becomes: usual, zero, one or ignore",
-    "image_size": "side that pictures of a folder are resized to",
+    "image_size": "side that pictures of a folder are resized to, or that volumes are cut to",
+    "spacing": "mm that voxels of volumes are resampled to; 0 leaves them",
+    "window": "of volumes: LOW,HIGH becomes 0 to 1, as in --window=-175,250; default: their range",
     "on_error": "a bad file ends the run (raise), or is left out and listed in skipped.csv (skip)",
     "check": "read every file once before training; --no-check trusts them",
 }
+
+FLAGS = {"begin": "from"}  # which is no name in Python
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -75,7 +80,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         kind: Any = str if default in (MISSING, None) else type(default)
         text = HELP[field.name].format(
             samples=", ".join((*SAMPLES, *UNLABELLED, "numbers")),
-            layouts=", ".join(sorted(LAYOUTS)),
+            layouts=", ".join(sorted(TABLES)),
         )
         if kind is bool:
             parser.add_argument(
@@ -86,7 +91,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
             )
             continue
         parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
+            f"--{FLAGS.get(field.name, field.name).replace('_', '-')}",
+            dest=field.name,
             type=kind,
             required=field.name == "data",
             default=argparse.SUPPRESS,

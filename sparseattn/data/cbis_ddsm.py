@@ -7,6 +7,7 @@ import torch
 
 from sparseattn.data.images import load_image
 from sparseattn.data.problems import DataError, Problems, read_table
+from sparseattn.data.records import Record
 
 _CROP, _MASK = "cropped image file path", "ROI mask file path"
 COLUMNS = ("patient_id", "pathology", "image file path", _CROP, _MASK)
@@ -68,6 +69,14 @@ def cbis_ddsm(folder: Path, table: Path, problems: Problems) -> list[Case]:
             Case(paths["image file path"], crop, mask, malignant, row["patient_id"], masks[0])
         )
     return cases
+
+
+def cbis_ddsm_crops(folder: Path, table: Path, problems: Problems) -> list[Record]:
+    """Return the crops of such a table as pictures of one finding, malignant."""
+    return [
+        Record(case.crop, {"malignant": float(case.malignant)}, case.patient)
+        for case in cbis_ddsm(folder, table, problems)
+    ]
 
 
 def is_mask(path: Path) -> bool:

@@ -50,10 +50,10 @@ def nuclei(seed: int = 0) -> Split:
     background, whose centre is at least 12 pixels from that of any nucleus.
     """
     picture, mask = nuclei_picture()
-    border = int(picture.shape[0] * (1 - _HELD))
+    held = held_rows(picture)
     generator = torch.Generator().manual_seed(seed)
-    upper = _crops(picture[:border], mask[:border], generator)
-    lower = _crops(picture[border:], mask[border:], generator)
+    upper = _crops(picture[: held.start], mask[: held.start], generator)
+    lower = _crops(picture[held], mask[held], generator)
     return Split(
         upper,
         lower,
@@ -61,6 +61,11 @@ def nuclei(seed: int = 0) -> Split:
         "quarters of the picture to train",
         classes=("background", "nucleus"),
     )
+
+
+def held_rows(picture: Tensor) -> slice:
+    """Return the rows of the picture of nuclei that are for testing: the lower quarter."""
+    return slice(int(picture.shape[0] * (1 - _HELD)), None)
 
 
 def radiographs(seed: int = 0, side: int = 64) -> Split:

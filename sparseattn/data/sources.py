@@ -6,6 +6,8 @@ folders      one folder a class, named as the class, with PNG, JPG or DICOM file
              folders `train` and `test` on top if the split is given
 chexpert, nih, rsna, siim, mimic-cxr
              pictures and a table (`sparseattn.data.chest`); one finding, the target, is told
+cbis-ddsm    crops of findings and a case description table (`sparseattn.data.cbis_ddsm`):
+             malignant or not
 """
 
 import dataclasses
@@ -19,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sparseattn.data.chest import LAYOUTS, Uncertain
+from sparseattn.data.cbis_ddsm import cbis_ddsm_crops
+from sparseattn.data.chest import LAYOUTS, Reader, Uncertain
 from sparseattn.data.images import DICOM, PICTURES, load_image, resize
 from sparseattn.data.problems import DataError, OnError, Problems
 from sparseattn.data.records import Record
@@ -27,6 +30,7 @@ from sparseattn.data.samples import SAMPLES, UNLABELLED
 from sparseattn.data.split import Example, Split, count
 
 TEST_SHARE = 0.2  # of the groups, where the folder does not say
+TABLES: dict[str, Reader] = {**LAYOUTS, "cbis-ddsm": cbis_ddsm_crops}
 _Labelled = tuple[Record, int]
 
 
@@ -68,17 +72,17 @@ def image_classes(
         )
     if layout == "folders":
         classes, parts = _class_folders(folder, problems)
-    elif layout in LAYOUTS:
+    elif layout in TABLES:
         if table is None:
             raise ValueError(f"data: table is None; expected a CSV file, layout={layout!r}")
-        reader: Any = LAYOUTS[layout]
+        reader: Any = TABLES[layout]
         if layout in ("chexpert", "mimic-cxr"):
             reader = functools.partial(reader, uncertain=uncertain)
         records = reader(folder, Path(table), problems)
         classes, labelled = _told(records, target)
         parts = [labelled]
     else:
-        known = ", ".join(["folders", *LAYOUTS])
+        known = ", ".join(["folders", *TABLES])
         raise ValueError(f"data: layout is {layout!r}; expected one of {known}")
     if check:
         parts = [_readable(part, problems) for part in parts]

@@ -12,7 +12,8 @@ class KeepRule:
 
     ::
 
-        m = exponential mean of the losses;  trend = slope of m over `window` epochs * window / mean
+        m = exponential mean of the losses
+        trend = slope of m over `window` epochs * window / first loss
         every `every` epochs:   trend <= tolerance            keep <- keep * factor
                                 trend >  tolerance, twice     keep <- keep / factor, and then hold
 
@@ -49,13 +50,14 @@ class KeepRule:
         self.smoothing, self.freeze = smoothing, freeze
         self.keep = start
         self.means: list[float] = []
-        self.worse, self.held, self.epochs = 0, False, 0
+        self.worse, self.held, self.epochs, self.first = 0, False, 0, 0.0
 
     def update(self, loss: float, total: int) -> float:
         """Take the loss of one of `total` epochs; return the share of pixels for the next."""
         if not math.isfinite(loss):
             raise ValueError(f"KeepRule: loss is {loss}; expected a finite number")
         last = self.means[-1] if self.means else loss
+        self.first = loss if self.epochs == 0 else self.first
         self.means.append(self.smoothing * last + (1 - self.smoothing) * loss)
         self.means = self.means[-self.window :]
         self.epochs += 1
@@ -75,18 +77,22 @@ class KeepRule:
             self.held = True
 
     def trend(self) -> float:
-        """Return the relative change of the mean loss over the window, by least squares."""
+        """Return the change of the mean loss over the window, by least squares, over the first.
+
+        Over the latest loss, one near 0 would be worse again and again by noise alone.
+        """
         count = len(self.means)
-        centre, level = (count - 1) / 2, sum(self.means) / count
+        centre = (count - 1) / 2
         products = sum((i - centre) * mean for i, mean in enumerate(self.means))
         slope = products / sum((i - centre) ** 2 for i in range(count))
-        return slope * count / max(abs(level), _TINY)
+        return slope * count / max(abs(self.first), _TINY)
 
     def state_dict(self) -> dict[str, object]:
         """Return what a resumed training needs, as JSON can hold it."""
         return {
             "keep": self.keep,
             "means": self.means,
+            "first": self.first,
             "worse": self.worse,
             "held": self.held,
             "epochs": self.epochs,

@@ -30,7 +30,7 @@ from sparseattn.models.transformer import (
 _OP = "MIRAM"
 _SIZES = ("image_size", "scale", "patch", "channels", "dim", "depth", "heads", "low_dim")
 _MORE_SIZES = ("low_depth", "low_heads", "high_dim", "high_depth", "high_heads")
-_LANDMARKS = ("features", "projected_keys")
+_LANDMARKS = ("features", "projected_keys", "landmarks")
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,10 @@ class MIRAMConfig:
     mask             share of the patches that is hidden
     low_dim, low_depth, low_heads      of the low-resolution decoder, which has softmax attention
     high_dim, high_depth, high_heads   of the high-resolution decoder
-    high_method      its attention: "linformer", "performer", or "softmax" as a baseline
+    high_method      its attention: "linformer", "performer", "nystrom", or "softmax" as a baseline
     features         random features of "performer"
     projected_keys   projected keys of "linformer"
+    landmarks        most landmarks of "nystrom", each the mean of a box of the token grid
     high_input       what is interpolated: tokens of the "encoder", or those of the "low" decoder
     interpolation    of the token grid: "bilinear" or "nearest"
     normalise        targets are normalised, each patch by its own mean and standard deviation
@@ -70,9 +71,10 @@ class MIRAMConfig:
     high_dim: int = 512
     high_depth: int = 8
     high_heads: int = 16
-    high_method: Literal["linformer", "performer", "softmax"] = "performer"
+    high_method: Literal["linformer", "performer", "nystrom", "softmax"] = "performer"
     features: int = 256
     projected_keys: int = 256
+    landmarks: int = 64
     high_input: Literal["encoder", "low"] = "encoder"
     interpolation: Literal["bilinear", "nearest"] = "bilinear"
     normalise: bool = True
@@ -103,7 +105,7 @@ class MIRAMConfig:
                 f"leaves one, patches={self.side**2} (from image_size)"
             )
         for name, options in (
-            ("high_method", ("linformer", "performer", "softmax")),
+            ("high_method", ("linformer", "performer", "nystrom", "softmax")),
             ("high_input", ("encoder", "low")),
             ("interpolation", ("bilinear", "nearest")),
             ("pool", ("mean", "class")),
@@ -172,8 +174,8 @@ class MIRAM(
       (high_dim, high_depth, high_heads), each token a patch of the larger image. Its input are the
       tokens of the encoder (high_input), mask tokens put in, interpolated on their grid
       (interpolation), with positions of the larger grid; without class token;
-    - its attention (high_method), features and projected_keys. No residual convolution beside it.
-      The paper's third one, the Nystroem method, is not among these;
+    - its attention (high_method), features, projected_keys and landmarks. Landmarks are means of
+      boxes of the image, not of rows, and there is no residual convolution beside it;
     - how the losses are weighed (low_weight, high_weight);
     - what fine-tuning reads (pool) and that it trains everything: ``MIRAMClassifier``.
 
@@ -377,6 +379,7 @@ def _attention(config: MIRAMConfig) -> tuple[str, dict[str, Any]]:
         "softmax": {},
         "performer": {"features": config.features},
         "linformer": {"tokens": side**2, "num_landmarks": config.projected_keys},
+        "nystrom": {"num_landmarks": config.landmarks, "grid": (side, side)},
     }
     method = config.high_method
     return "dense" if method == "softmax" else method, options[method]

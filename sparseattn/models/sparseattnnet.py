@@ -4,6 +4,7 @@ Reference model that follows the published description; the paper leaves much op
 ``SparseAttnNet`` says what was chosen here.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +30,8 @@ class SparseAttnNetConfig:
     mlp_ratio          hidden width of a block's MLP, in units of dim
     coarse_width       channels of the coarse net's first layer; its second has twice as many
     embed_width        hidden width of the embedding that all pixels share
+    frequencies        octaves of sines and cosines of x and y that the embedding sees beside x and
+                       y themselves, the longest twice as long as the image; 0: none of them
     keep               share of the pixels that is seen, at the start
     explore            share of the seen pixels that is drawn at random, in training, at its start;
                        it falls to 0 until the rule below is frozen, so that what the model sees
@@ -50,6 +53,7 @@ class SparseAttnNetConfig:
     mlp_ratio: float = 2.0
     coarse_width: int = 16
     embed_width: int = 64
+    frequencies: int = 3
     keep: float = 0.5
     explore: float = 0.1
     gradient: Literal["gate", "bias", "none"] = "bias"
@@ -67,6 +71,7 @@ class SparseAttnNetConfig:
     def __post_init__(self) -> None:
         for name in ("classes", "channels", "dim", "heads", "depth", "coarse_width", "embed_width"):
             checks.require_int(_OP, name, getattr(self, name), low=1)
+        checks.require_int(_OP, "frequencies", self.frequencies, low=0)
         if self.dim % self.heads:
             raise ValueError(
                 f"{_OP}: dim is {self.dim}; expected a multiple of heads, heads={self.heads}"
@@ -108,7 +113,8 @@ class SparseAttnNet(
 
         a = sigmoid(conv(image))                     one value a pixel: the coarse map
         S = the k pixels of highest a                ties to the lowest index
-        e_i = mlp(x_i, y_i, v_i), i in S             one MLP for all pixels; x and y in [-1, 1]
+        e_i = mlp(x_i, y_i, v_i), i in S             one MLP for all pixels; x and y in [-1, 1],
+                                                     and sin and cos of 2^f pi x / 2 and of y
         t = blocks([e_1 .. e_k, class token])        multi-head attention over k + 1 tokens, with
                                                      log a_i added to the logits of pixel i
         loss = CE(head(t_class), label) + distill * KL(f || a_S / sum a_S)
@@ -123,7 +129,9 @@ class SparseAttnNet(
 
     - image size: any; the map has the size of the image;
     - the coarse net: two 3 x 3 convolutions with ReLU (coarse_width), then one to one channel;
-    - the embedding (embed_width), width, heads and depth (dim, heads, depth, mlp_ratio); pre-norm
+    - the embedding (embed_width): without sines and cosines of the place (frequencies) a narrow
+      MLP blurs neighbouring pixels, and digits were told apart less well;
+    - width, heads and depth (dim, heads, depth, mlp_ratio); pre-norm
       blocks, GELU. In the last block only the class token asks: nothing reads the others;
     - the way of the gradient into the map (gradient): top-k has none of its own. On digits "bias"
       learned where to look; behind the norm of a block little is left of what "gate" multiplies;
@@ -151,7 +159,7 @@ class SparseAttnNet(
             nn.Conv2d(2 * width, 1, 3, padding=1),
         )
         self.embed = nn.Sequential(
-            nn.Linear(2 + config.channels, config.embed_width),
+            nn.Linear(2 + 4 * config.frequencies + config.channels, config.embed_width),
             nn.GELU(),
             nn.Linear(config.embed_width, dim),
         )
@@ -211,7 +219,10 @@ class SparseAttnNet(
         values = images.flatten(2).mT.gather(1, chosen[..., None].expand(-1, -1, images.shape[1]))
         y = (chosen // width) * (2 / max(1, height - 1)) - 1
         x = (chosen % width) * (2 / max(1, width - 1)) - 1
-        return self.embed(torch.cat([torch.stack([x, y], -1).to(values.dtype), values], -1))
+        places = torch.stack([x, y], -1)
+        angles = [math.pi / 2 * 2**octave * places for octave in range(self.config.frequencies)]
+        waves = [wave for angle in angles for wave in (angle.sin(), angle.cos())]
+        return self.embed(torch.cat([torch.cat([places, *waves], -1).to(values.dtype), values], -1))
 
     def _distillation(self, attention: list[Tensor], weight: Tensor) -> Tensor:
         """Return KL(fine || coarse) over the chosen pixels, averaged over the batch."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparseattn.structures.patch_mask import PatchMask
 
@@ -96,3 +97,35 @@ def mask_after_every_op(model: nn.Module, mask: PatchMask) -> list[Any]:
 
     leaves = [m for m in model.modules() if not any(True for _ in m.children())]
     return [leaf.register_forward_hook(hide) for leaf in leaves]
+
+
+def masked_encoder(encoder: Any, images: Tensor, mask: PatchMask) -> list[Tensor]:
+    """Return the maps [B, C, X, Y, Z] of a ``HySparKEncoder``, by dense operations.
+
+    All of them are multiplied by the mask, as in the released code; the ViT sees the kept cells.
+    """
+    active = (mask.table >= 0)[:, None].to(images.dtype)
+
+    def masked(x: Tensor) -> Tensor:
+        return x * F.interpolate(active, size=x.shape[2:])
+
+    def conv(layer: Any, x: Tensor) -> Tensor:
+        return masked(F.conv3d(x, layer.weight, layer.bias, padding=1, groups=layer.groups))
+
+    maps, x = [], conv(encoder.stem, masked(images))
+    for i, stage in enumerate(encoder.stages):
+        x = x if i == 0 else masked(F.max_pool3d(x, 2))
+        for block in stage:
+            y, norm = conv(block.depthwise, x).movedim(1, -1), block.norm
+            y = F.layer_norm(y, y.shape[-1:], norm.weight, norm.bias)
+            x = masked(x + block.down(F.gelu(block.up(y))).movedim(-1, 1))
+        if i < len(encoder.widen):
+            x = conv(encoder.widen[i], x)
+            maps.append(x)
+    deepest = torch.zeros_like(x)
+    for b in range(len(x)):  # the ViT on the kept cells of each volume by itself
+        kept = (mask.table[b] >= 0).flatten()
+        tokens = (x[b].flatten(1).mT + encoder.positions.to(x.dtype))[kept][None]
+        found = encoder.norm(encoder.blocks(tokens))[0]
+        deepest[b] = deepest[b].flatten(1).T.index_put((kept,), found).T.view_as(x[b])
+    return [*maps, deepest]

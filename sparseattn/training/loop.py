@@ -46,8 +46,11 @@ def train(model: str, options: TrainOptions, changes: Mapping[str, Any] | None =
     out = Path(options.out)
     if (out / CONFIG).exists():
         raise ValueError(f"train: {out} holds a run; expected another folder, or `resume` for it")
+    changes = changes or {}
+    if options.begin is not None:
+        changes = {**_begun_config(kind, Path(options.begin)), **changes}
     split = kind.load(options)
-    recipe = kind(kind.configure(split, changes or {}))
+    recipe = kind(kind.configure(split, changes))
     _Run(recipe, options, split).train(None)
     return out
 
@@ -61,6 +64,8 @@ def resume(out: Path) -> Path:
     """
     recipe, options = load_run(out)
     found = checkpoint.all_of(out / CHECKPOINTS)
+    if found:  # what it began with is in its weights
+        options = dataclasses.replace(options, begin=None)
     _Run(recipe, options, recipe.load(options)).train(found[-1] if found else None)
     return out
 
@@ -73,6 +78,17 @@ def load_run(out: Path) -> tuple[Recipe, TrainOptions]:
     kind = recipe_type(saved["model"])
     options = TrainOptions(**{**saved["options"], "out": str(out)})
     return kind(kind.config_type(**saved["config"])), options
+
+
+def _begun_config(kind: type[Recipe], begin: Path) -> dict[str, Any]:
+    """Return the config of the run that a training begins with, if it is one of the right model."""
+    recipe, _ = load_run(begin)
+    if recipe.name != kind.begins_with:
+        raise ValueError(
+            f"train: begin is {begin}, a run of {recipe.name}; expected "
+            f"{f'a run of {kind.begins_with}' if kind.begins_with else 'none'}, model={kind.name}"
+        )
+    return dataclasses.asdict(recipe.config)
 
 
 def make_accelerator(options: TrainOptions) -> Any:
@@ -138,6 +154,9 @@ class _Run:
         self.main = bool(self.accelerator.is_main_process)
         torch.manual_seed(options.seed)
         self.plain = recipe.build()  # unwrapped: what the recipe sees and what is saved
+        if options.begin is not None:
+            kind: Any = recipe_type(recipe.begins_with).model_type
+            recipe.begin(self.plain, kind.from_pretrained(str(Path(options.begin) / MODEL)))
         learn = optimizer_groups(self.plain, options.weight_decay)
         prepare = self.accelerator.prepare
         loaders = (self._loader(train=True), self._loader(train=False))

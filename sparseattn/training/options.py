@@ -33,10 +33,13 @@ class TrainOptions:
     layout, table     of a folder: see `sparseattn.data.sources`; the table is a CSV file
     target            finding of the table that is to be told, for tables with several
     uncertain         what an uncertain finding becomes: usual, zero, one or ignore
-    image_size        side that pictures of a folder are resized to
+    image_size        side that pictures of a folder are resized to, or that volumes are cut to
+    spacing, window   of volumes: see `sparseattn.data.volumes`
     on_error          "raise" ends at the first bad file, "skip" leaves it out and lists it
     check             whether every file is read once before the training begins
     device            "auto" is the GPU where there is one
+    begin             folder of a run whose weights and config a training begins with, for
+                      recipes that take over from another model
     """
 
     data: str
@@ -53,11 +56,14 @@ class TrainOptions:
     log_every: int = 10
     workers: int = 0
     device: Literal["auto", "cpu"] = "auto"
+    begin: str | None = None
     layout: str = "folders"
     table: str | None = None
     target: str | None = None
     uncertain: Literal["usual", "zero", "one", "ignore"] = "usual"
     image_size: int = 64
+    spacing: float = 0.0
+    window: str | None = None
     on_error: Literal["raise", "skip"] = "raise"
     check: bool = True
 

@@ -35,6 +35,7 @@ class Recipe(ABC):
     config_type: ClassVar[type]
     defaults: ClassVar[dict[str, Any]] = {}  # options that differ from those of TrainOptions
     drop_last: ClassVar[bool] = False  # whether a smaller batch at the end of an epoch is left out
+    begins_with: ClassVar[str] = ""  # the model from whose run a training may begin (`--from`)
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -52,6 +53,10 @@ class Recipe(ABC):
     def build(self) -> nn.Module:
         """Return a new model."""
         return self.model_type(self.config)
+
+    def begin(self, model: nn.Module, trained: nn.Module) -> None:
+        """Copy into a new model what it takes over from one of `begins_with`."""
+        raise NotImplementedError(f"{self.name}: begins_with is {self.begins_with!r}")
 
     @abstractmethod
     def measured(self, batch: Mapping[str, Tensor], output: Any) -> dict[str, Tensor]:
@@ -84,9 +89,14 @@ class Recipe(ABC):
 RECIPES = {  # name: module and class, imported when it is asked for
     "hyspark": ("sparseattn.training.recipes.hyspark", "HySparKRecipe"),
     "miram": ("sparseattn.training.recipes.miram", "MIRAMRecipe"),
+    "miram-classifier": ("sparseattn.training.recipes.classifiers", "MIRAMClassifierRecipe"),
     "adaptor": ("sparseattn.training.recipes.adaptor", "AdaptorRecipe"),
     "sparseattnnet": ("sparseattn.training.recipes.sparseattnnet", "SparseAttnNetRecipe"),
     "sparsecontrast": ("sparseattn.training.recipes.sparsecontrast", "SparseContrastRecipe"),
+    "sparsecontrast-classifier": (
+        "sparseattn.training.recipes.classifiers",
+        "SparseContrastClassifierRecipe",
+    ),
 }
 
 

@@ -3,6 +3,7 @@
 import base64
 import importlib.util
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +12,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sparseattn.cli import demo_measure, demo_saliency, demo_vit
+from sparseattn.cli import demo, demo_measure, demo_saliency, demo_systems, demo_vit
 from sparseattn.cli.main import main
+from sparseattn.training.recipe import RECIPES
 from sparseattn.viz.report import Row, Table, rows_table, text_table
 
 EXTRAS = ("pydicom", "data_store", "matplotlib", "tqdm")
@@ -113,6 +115,25 @@ def test_page_says_that_nothing_was_trained(quick: Outcome) -> None:
     assert "The weights are random" in quick.page
     assert "not a learned predictor" in quick.page
     assert "MKL" in quick.page  # what the CPU's memory column does not see
+
+
+def test_the_page_of_the_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One panel, to save time; all of them are a model each."""
+    for module in ("accelerate", "sklearn", "nilearn", "timm"):
+        pytest.importorskip(module)
+    models = {name for name in RECIPES if not name.endswith("-classifier")}
+    assert set(demo_systems.PANELS) == models
+    short = replace(demo_systems.PANELS["sparseattnnet"], options={"epochs": 1, "batch_size": 256})
+    monkeypatch.setattr(demo, "PANELS", {"sparseattnnet": short})
+    monkeypatch.setattr(demo_systems, "PANELS", {"sparseattnnet": short})
+    assert main(["demo", "--systems", "only", "--out", str(tmp_path)]) == 0
+    assert "systems/index.html" in capsys.readouterr().out
+    page = (tmp_path / "systems" / "index.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 1 and Page(page).open == []
+    assert "After 6 steps" in page and "not how well it can do it" in page
+    assert not (tmp_path / "index.html").exists()
 
 
 @pytest.mark.parametrize(

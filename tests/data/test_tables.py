@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sparseattn.data import chest
 from sparseattn.data.cbis_ddsm import cbis_ddsm
+from sparseattn.data.images import load_image
 from sparseattn.data.problems import DataError, Problems, read_table
 from sparseattn.data.samples import package_file
-from sparseattn.data.sources import image_classes
+from sparseattn.data.sources import image_classes, images_alone
 from sparseattn.testing.files import picture, table
 
 FINDINGS = ",".join(chest.FINDINGS)
@@ -200,3 +202,10 @@ def test_swapped_crops_and_masks_are_told_apart(tmp_path: Path) -> None:
     assert problems.counts() == {"mislabelled row": 2, "missing file": 1}
     with pytest.raises(DataError, match="neither is a mask"):
         cbis_ddsm(tmp_path, path, Problems())
+    options = {"layout": "cbis-ddsm", "table": str(path), "size": 8, "on_error": "skip"}
+    split = image_classes(str(tmp_path), **options)
+    assert split.classes == ("no malignant", "malignant")
+    crops = {int(part[0]["labels"]): part[0]["images"] for part in (split.train, split.test)}
+    assert sorted(crops) == [0, 1]
+    assert torch.equal(crops[0], load_image(tmp_path / "1" / "crop.png"))
+    assert len(images_alone(str(tmp_path), **options).train) == 1

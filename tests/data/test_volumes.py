@@ -15,6 +15,7 @@ from sparseattn.data.images import load_volume
 from sparseattn.data.nnunet import nnunet
 from sparseattn.data.problems import DataError, Problems
 from sparseattn.data.reports import sample_reports, sections, xml_reports
+from sparseattn.data.volumes import nnunet_blocks
 from sparseattn.testing.files import cut, table
 
 nibabel = pytest.importorskip("nibabel", reason='needs pip install "sparseattn[train]"')
@@ -85,6 +86,75 @@ def test_nnunet(tmp_path: Path, version: int) -> None:
     (tmp_path / "dataset.json").write_text("{")
     with pytest.raises(DataError, match=r"dataset\.json: malformed file: it is not JSON"):
         nnunet(tmp_path, problems)
+
+
+def nnunet_folder(folder: Path, **cases: np.ndarray) -> Path:
+    """Write volumes of one channel, voxels of 2 x 3 x 4 mm."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}}))
+    for name, values in cases.items():
+        path = folder / "imagesTr" / f"{name}_0000.nii.gz"
+        path.parent.mkdir(exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(values, np.diag([2.0, 3.0, 4.0, 1.0])), path)
+    return folder
+
+
+def test_blocks_of_nnunet_volumes(tmp_path: Path) -> None:
+    """A corner with foreground, a case of padding, NaN, values outside of the window."""
+    corner = np.full((20, 16, 33), -1000, dtype=np.float32)
+    corner[16:, :8, :16] = 50  # 512 of the 4096 voxels of block (1, 0, 0)
+    corner[0, 0, 0] = 900  # too little of block (0, 0, 0)
+    small = np.full((8, 8, 8), 300, dtype=np.float32)
+    small[0] = np.nan
+    folder = nnunet_folder(tmp_path, corner=corner, small=small)
+    split = nnunet_blocks(str(folder), size=16, window="0,200")
+    assert len(split.train) == len(split.test) == 1 and split.channels == 1
+    found = [part[0]["images"] for part in (split.train, split.test)]
+    assert all(block.shape == (1, 16, 16, 16) for block in found)
+    by_case = {
+        part.blocks[0].case.name: block[0]
+        for part, block in zip((split.train, split.test), found, strict=True)
+    }
+    assert by_case["corner"][:4, :8].unique().tolist() == [0.25]
+    assert by_case["corner"].count_nonzero() == 4 * 8 * 16
+    assert by_case["small"].count_nonzero() == 7 * 8 * 8 and by_case["small"].max() == 1
+    whole = nnunet_blocks(str(folder), size=16, spacing=4.0)  # 10 x 12 x 33 and 4 x 6 x 8 voxels
+    assert len(whole.train) + len(whole.test) == 2
+    filled = [bool(part[0]["images"].any()) for part in (whole.train, whole.test)]
+    assert sorted(filled) == [False, True]  # a case of one value has no range
+
+
+def test_bad_nnunet_volumes_are_named(tmp_path: Path) -> None:
+    block = np.ones((8, 8, 8), dtype=np.float32)
+    folder = nnunet_folder(tmp_path, a=block, b=block, flat=block[0], cut=np.tile(block, (4, 4, 4)))
+    cut(folder / "imagesTr" / "cut_0000.nii.gz")
+    split = nnunet_blocks(str(folder), size=8, on_error="skip")
+    assert len(split.train) == len(split.test) == 1
+    kinds = sorted((Path(place).name, kind) for place, kind, _ in split.problems.found)
+    assert kinds == [
+        ("cut_0000.nii.gz", "truncated file"),
+        ("flat_0000.nii.gz", "unreadable file"),
+    ]
+    with pytest.raises(DataError, match=r"cut_0000\.nii\.gz: truncated file"):
+        nnunet_blocks(str(folder), size=8)
+    for window in ("1", "2,1", "a,b", "nan,1"):
+        with pytest.raises(ValueError, match=r"window is .*; expected LOW,HIGH"):
+            nnunet_blocks(str(folder), size=8, window=window)
+    with pytest.raises(ValueError, match="expected a folder of layout nnunet"):
+        nnunet_blocks(str(folder / "nothing"))
+
+
+def test_hyspark_trains_on_nnunet_volumes(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason='needs pip install "sparseattn[train]"')
+    from sparseattn.cli.main import main
+
+    values = np.random.default_rng(0).random((3, 32, 32, 32), dtype=np.float32)
+    folder = nnunet_folder(tmp_path / "data", a=values[0], b=values[1], c=values[2])
+    words = ["train", "hyspark", "--data", str(folder), "--layout", "nnunet", "--out"]
+    words += [str(tmp_path / "run"), "--image-size", "32", "--epochs", "1", "--device", "cpu"]
+    words += ["--set", "width=2", "heads=2", "vit_depth=1", "decoder_width=16"]
+    assert main(words) == 0
+    assert (tmp_path / "run" / "report" / "three_planes.png").is_file()
 
 
 def test_sections_of_reports() -> None:

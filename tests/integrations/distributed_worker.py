@@ -2,7 +2,7 @@
 
 python distributed_worker.py RANK WORLD STORE HOST:METHOD ... computes the gradients of the same
 models on this rank's share of a batch, with DDP and with FSDP2, and compares them with those of one
-process on the whole batch.
+process on the whole batch. "model:hyspark" is HySparK as it is.
 """
 
 import copy
@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from sparseattn.layers.method import Method
+from sparseattn.structures.patch_mask import PatchMask
 
 
 def load(path):
@@ -53,14 +54,38 @@ def shard(model):
     return model
 
 
+class MaskedErrors(nn.Module):
+    """HySparK's error of each volume [B, 1], with masks made of scores."""
+
+    def __init__(self):
+        super().__init__()
+        from sparseattn.models import HySparK, HySparKConfig
+
+        config = {"image_size": 32, "width": 2, "vit_depth": 1, "heads": 2, "decoder_width": 16}
+        self.model = HySparK(HySparKConfig(**config, mask=0.5)).eval()  # batch norms mix volumes
+
+    def forward(self, images, scores):
+        return self.model(images, PatchMask.from_scores(scores, 4)).errors[:, None]
+
+
+def converted(host, method):
+    if host == "model":
+        return MaskedErrors(), {
+            "images": torch.rand(2, 1, 32, 32, 32),
+            "scores": torch.rand(2, 2, 2, 2),
+        }
+    model, inputs = hosts.HOSTS[host]()
+    report = hosts.convert(model, method, **hosts.METHODS[method])
+    assert report.swapped and not report.skipped
+    return model, inputs
+
+
 def compare(rank, world, host, method):
     torch.manual_seed(0)
-    model, inputs = hosts.HOSTS[host]()
+    model, inputs = converted(host, method)
     model, inputs = model.double(), hosts.wide(inputs)  # far from any rounding of other sums
     if next(iter(inputs.values())).shape[0] == 1:
         inputs = {name: torch.cat([x, x / 2]) for name, x in inputs.items()}
-    report = hosts.convert(model, method, **hosts.METHODS[method])
-    assert report.swapped and not report.skipped
     whole = gradients(copy.deepcopy(model), inputs)
     share = {name: x.chunk(world)[rank] for name, x in inputs.items()}
     ddp = nn.parallel.DistributedDataParallel(copy.deepcopy(model), find_unused_parameters=True)

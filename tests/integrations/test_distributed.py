@@ -1,4 +1,4 @@
-"""Converted models under DistributedDataParallel and FSDP2: two processes, gloo."""
+"""Converted models, and HySparK, under DistributedDataParallel and FSDP2: two processes, gloo."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ import torch
 WORKER = Path(__file__).with_name("distributed_worker.py")
 HOSTS = ["timm vit", "timm deit", "timm dinov2", "timm eva02", "hf vit", "hf dinov2", "hf bert"]
 HOSTS += ["monai vit", "monai unetr"]
-QUICK = ["torch encoder:topk", "hf vit:saliency"]
+QUICK = ["torch encoder:topk", "hf vit:saliency", "model:hyspark"]
 ALL = [f"{host}:topk" for host in HOSTS] + ["timm vit:saliency", "torch encoder:saliency"]
 
 

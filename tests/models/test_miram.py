@@ -1,24 +1,21 @@
 """MIRAM: what the encoder sees, the two-scale loss, and decoders whose memory is linear."""
 
 import dataclasses
-import math
-from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sparseattn.claims.memory import LINEAR, MOST, STORED, decoder_slope
 from sparseattn.models import MIRAM, MIRAMClassifier, MIRAMConfig
 from sparseattn.models.transformer import from_patches, sincos_positions, to_patches
-from sparseattn.testing.memory import peak_extra_bytes
 
 SMALL = MIRAMConfig(
     image_size=16, patch=4, dim=32, depth=2, heads=2, low_dim=32, low_depth=1, low_heads=2,
     high_dim=32, high_depth=1, high_heads=2, features=32, projected_keys=16,
-    high_method="performer",
+    landmarks=16, high_method="performer",
 )  # fmt: skip
-METHODS = ["linformer", "performer", "softmax"]
+METHODS = ["linformer", "performer", "nystrom", "softmax"]
 
 
 def make(**changes) -> MIRAM:
@@ -197,30 +194,10 @@ def test_every_decoder_reconstructs_digits_it_has_not_seen(method: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "low", "high"),
-    [("linformer", 0.5, 1.15), ("performer", 0.5, 1.15), ("stored", 1.85, 2.15)],
+    [(method, 0.5, MOST) for method in LINEAR] + [("stored", *STORED)],
 )
 def test_memory_of_the_high_resolution_decoder(method: str, low: float, high: float) -> None:
-    """Slope of the peak of forward and backward, log over log, from 256 to 2304 tokens."""
-    stored = method == "stored"  # what torch does without a fused kernel
-    sizes, peaks = [], []
-    for side in (16, 24, 32, 48):
-        decoder = make(
-            image_size=2 * side, high_dim=64, high_heads=4, features=64, projected_keys=64,
-            high_method="softmax" if stored else method,
-        ).high  # fmt: skip
-        tokens = torch.randn(1, side * side, 64)
-
-        def step(decoder=decoder, tokens=tokens) -> None:
-            decoder.predict(decoder.attend(tokens)).square().sum().backward()
-
-        with sdpa_kernel(SDPBackend.MATH) if stored else nullcontext():
-            step()  # what is made once
-            decoder.zero_grad()
-            sizes.append(math.log(side * side))
-            peaks.append(math.log(peak_extra_bytes(step)[1]))
-    x, y = torch.tensor(sizes), torch.tensor(peaks)
-    slope = float((x - x.mean()) @ (y - y.mean()) / (x - x.mean()).square().sum())
-    assert low <= slope <= high
+    assert low <= decoder_slope(method) <= high
 
 
 def test_saves_its_config_and_its_weights(tmp_path) -> None:

@@ -168,6 +168,11 @@ def test_k_rises_after_the_second_worsening_and_is_held() -> None:
     assert len(changes) == 1 and changes[0] == 11  # judged after epochs 10 and 12
 
 
+def test_noise_of_a_small_loss_is_no_worsening() -> None:
+    losses = [2.0, 0.5] + [0.002 * (1 + i % 7) for i in range(38)]
+    assert run_rule(losses)[-1] == 0.15
+
+
 def test_k_is_frozen_at_the_end() -> None:
     trace = run_rule([1.0] * 20, low=0.01)
     assert len(set(trace[15:])) == 1 and trace[14] != trace[12]

@@ -10,6 +10,8 @@ from torch import Tensor
 
 pytest.importorskip("timm", reason="the backbones are timm's")
 
+from sparseattn.claims.saliency import accuracy
+from sparseattn.data.samples import digits
 from sparseattn.models import (
     SparseContrast,
     SparseContrastClassifier,
@@ -159,16 +161,6 @@ def test_views_differ_and_keep_the_image() -> None:
     assert torch.isfinite(first).all()
 
 
-def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    pytest.importorskip("sklearn", reason='needs pip install "sparseattn[samples]"')
-    from sparseattn.data.samples import digits as load
-
-    split = load()
-    columns = (split.train.columns, split.test.columns)
-    found = [column[name] for column in columns for name in ("images", "labels")]
-    return found[0], found[1], found[2], found[3]
-
-
 def train(model, batches: list[dict[str, Tensor]], rate: float, loss: str) -> list[float]:
     """Minimise the model's loss; return the loss of that name of each step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
@@ -187,8 +179,9 @@ def train(model, batches: list[dict[str, Tensor]], rate: float, loss: str) -> li
 @pytest.mark.slow
 def test_contrastive_loss_falls_on_digits() -> None:
     """Well under ln(2 B - 1), where all features are the same."""
+    pytest.importorskip("sklearn", reason='needs pip install "sparseattn[samples]"')
     torch.manual_seed(0)
-    images = digits()[0]
+    images = digits().train.columns["images"]
     model = make(
         image_size=8, patch=2, depth=2, start=0, stages=1, keep=0.5, temperature=0.2, crop=0.7,
         quality_share=0.25,
@@ -198,23 +191,12 @@ def test_contrastive_loss_falls_on_digits() -> None:
     assert sum(losses[-10:]) / 10 < math.log(63) - 0.15
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_learned_saliency_beats_random_at_the_same_share() -> None:
     """Digits from 4 of 16 patches, chosen before anything else has seen them."""
-    images, labels, test_images, test_labels = digits()
-    accuracy = {}
-    for choose in ("learned", "random"):
-        torch.manual_seed(0)
-        model = make(
-            SparseContrastClassifier, image_size=8, patch=2, depth=2, start=0, stages=1,
-            keep=0.25, choose=choose, classes=10,
-        )  # fmt: skip
-        chosen = [torch.randint(len(images), (32,)) for _ in range(160)]
-        train(model, [{"images": images[b], "labels": labels[b]} for b in chosen], 5e-3, "loss")
-        model.eval()
-        with torch.no_grad():
-            guesses = model(test_images).logits.argmax(1)
-        accuracy[choose] = float((guesses == test_labels).float().mean())
-    assert accuracy["learned"] > accuracy["random"] + 0.2, accuracy
+    pytest.importorskip("sklearn", reason='needs pip install "sparseattn[samples]"')
+    learned, random = (accuracy(choose, 0, steps=160) for choose in ("learned", "random"))
+    assert learned > random + 0.2, (learned, random)
 
 
 def test_the_classifier_starts_from_the_backbone() -> None:

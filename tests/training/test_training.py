@@ -37,7 +37,7 @@ from sparseattn.training.options import TrainOptions, parse_changes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-TINY = {"dim": 16, "heads": 2, "depth": 1, "coarse_width": 4, "embed_width": 16}
+TINY = {"dim": 16, "heads": 2, "depth": 1, "coarse_width": 4, "embed_width": 16, "frequencies": 0}
 WORDS = ["--set", *(f"{name}={value}" for name, value in TINY.items())]
 
 
@@ -156,6 +156,7 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "sparseattn", "train", "sparseattnnet", "--data", "digits"]
     command += ["--out", str(pair), "--device", "cpu", "--epochs", "1", "--batch-size", "32"]
+    command += ["--lr", "2e-3"]
     done = subprocess.run(
         [*command, *WORDS, "explore=0.0"],
         capture_output=True,

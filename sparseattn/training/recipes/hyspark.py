@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparseattn.data.sources import images_alone
 from sparseattn.data.split import Split, count
+from sparseattn.data.volumes import nnunet_blocks
 from sparseattn.models.hyspark import HySparK, HySparKConfig
 from sparseattn.training.options import TrainOptions
 from sparseattn.training.recipe import History, Recipe, data_options
@@ -30,8 +31,17 @@ class HySparKRecipe(Recipe):
 
     @classmethod
     def load(cls, options: TrainOptions) -> Split:
-        """Return volumes."""
-        return images_alone(options.data, **data_options(options))
+        """Return volumes: a sample, or those of a folder of nnU-Net's layout."""
+        if options.layout != "nnunet":
+            return images_alone(options.data, **data_options(options))
+        return nnunet_blocks(
+            options.data,
+            seed=options.seed,
+            size=options.image_size,
+            spacing=options.spacing,
+            window=options.window,
+            on_error=options.on_error,
+        )
 
     @classmethod
     def configure(cls, split: Split, changes: Mapping[str, Any]) -> HySparKConfig:

@@ -32,7 +32,7 @@ class SparseAttnNetRecipe(Recipe):
     summary: ClassVar[str] = "classify images from their few most salient pixels"
     model_type: ClassVar[type[nn.Module]] = SparseAttnNet
     config_type: ClassVar[type] = SparseAttnNetConfig
-    defaults: ClassVar[dict[str, Any]] = {"epochs": 60, "batch_size": 32, "lr": 2e-3}
+    defaults: ClassVar[dict[str, Any]] = {"epochs": 40, "batch_size": 64, "lr": 3e-3}
 
     def __init__(self, config: SparseAttnNetConfig) -> None:
         super().__init__(config)
@@ -86,15 +86,10 @@ class SparseAttnNetRecipe(Recipe):
 
     def pictures(self, model: nn.Module, split: Split, history: History) -> list[Picture]:
         """Chosen pixels and coarse maps of a few test images, and the trace of k."""
-        images, labels = _first_of_each_class(split)
+        images, labels = first_of_each_class(split)
         with torch.no_grad():
             output = model(images)
-        guesses = output.logits.argmax(1).tolist()
-        names = split.classes
-        titles = [
-            f"{names[label]}" if label == guess else f"{names[label]}, taken for {names[guess]}"
-            for label, guess in zip(labels.tolist(), guesses, strict=True)
-        ]
+        titles = guess_titles(split, labels, output.logits)
         seen = output.chosen.shape[1]
         pixels = images[0, 0].numel()
         found = [
@@ -124,7 +119,16 @@ def _trace(history: History) -> Picture:
     )
 
 
-def _first_of_each_class(split: Split) -> tuple[Tensor, Tensor]:
+def guess_titles(split: Split, labels: Tensor, logits: Tensor) -> list[str]:
+    """Return for each image its class, and what it was taken for if that is wrong."""
+    names, pairs = split.classes, zip(labels.tolist(), logits.argmax(1).tolist(), strict=True)
+    return [
+        f"{names[label]}" if label == guess else f"{names[label]}, taken for {names[guess]}"
+        for label, guess in pairs
+    ]
+
+
+def first_of_each_class(split: Split) -> tuple[Tensor, Tensor]:
     """Return the first test images of the classes in turn, `SHOWN` at most."""
     rounds: dict[int, list[int]] = {}
     for index in range(min(len(split.test), 256)):  # type: ignore[arg-type]

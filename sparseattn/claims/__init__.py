@@ -1,0 +1,1 @@
+"""Claims of the papers, measured on the machine at hand: what `sparseattn validate` runs."""
