@@ -14,6 +14,7 @@ from typing import Any
 from sparseattn.viz.report import Picture
 
 FOLDER = "systems"
+_COUNTS = ("step", "epoch", "keep")
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ PANELS = {
             "low_heads": 2, "high_dim": 32, "high_depth": 1, "high_heads": 2, "features": 32,
         },
     ),
-    "adaptor": Panel("numbers", {"epochs": 1, "lr": 4e-3}, {}),
+    "adaptor": Panel("numbers", {"epochs": 1, "batch_size": 64, "lr": 2e-3}, {}),
     "sparseattnnet": Panel(
         "digits",
-        {"epochs": 5, "lr": 5e-3},
+        {"epochs": 5, "batch_size": 64, "lr": 5e-3},
         {"dim": 32, "heads": 2, "coarse_width": 8, "keep": 0.15, "rule_low": 0.15},
     ),
     "sparsecontrast": Panel(
@@ -96,17 +97,17 @@ def panel_picture(name: str, panel: Panel, seed: int) -> Picture:
         started = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
             train(name, options, panel.changes)
-        seconds = time.perf_counter() - started
-        recipe, _ = load_run(out)
-        kind: Any = type(recipe).model_type
+            seconds = time.perf_counter() - started
+            recipe, _ = load_run(out)
+            kind: Any = type(recipe).model_type
+            model = kind.from_pretrained(str(out / MODEL)).eval()
         history, split = read_csv(out / EPOCHS), recipe.load(options)
-        picture = recipe.pictures(kind.from_pretrained(str(out / MODEL)).eval(), split, history)[0]
-    first, last = history[0], history[-1]
-    loss = f", loss {first['loss']:.3g} in the first epoch and {last['loss']:.3g} in the last"
+        picture = recipe.pictures(model, split, history)[0]
+    metrics = {k: v for k, v in history[-1].items() if not k.endswith("loss") and k not in _COUNTS}
     caption = (
         f"{recipe.summary[0].upper()}{recipe.summary[1:]}. {picture.caption} After "
-        f"{last['step']:.0f} steps ({seconds:.0f} s) on {split.about}"
-        f"{loss if len(history) > 1 else ''}."
+        f"{history[-1]['step']:.0f} steps ({seconds:.0f} s) on {split.about}; on what is for "
+        f"testing: {', '.join(f'{name} {value:.3g}' for name, value in metrics.items())}."
     )
     return replace(picture, title=f"{name}: {picture.title.lower()}", caption=caption)
 
