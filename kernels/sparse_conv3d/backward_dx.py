@@ -197,7 +197,7 @@ def input_gradient(
 def _grouped(inputs: tuple[Any, ...], window: Window) -> None:
     dy, packed = in_lines(inputs[0], inputs[1], window.groups)
     outer = inputs[2].shape[4] // window.groups
-    row = tuning.pick(tuning.FORWARD, dy, outer)
+    row = tuning.pick(tuning.STRIDED_DX, dy, outer)
     sparse_conv3d_strided_bwd_dx_kernel[
         (_tiles(dy, window, row.tile_m), window.groups * triton.cdiv(outer, row.tile_n))
     ](
