@@ -121,7 +121,11 @@ def spconv_provider(sites: Tensor, size: int, stride: int) -> Provider:
             torch.arange(len(key), device=key.device) if stride == 1 else key.argsort().argsort()
         )
         rows = pairs.new_full((TAPS, len(out)), -1)
-        for tap, count in enumerate(counts.tolist()):
+        found = counts.tolist()
+        if stride == 1:  # spconv counts the first half of the taps; every voxel reads itself
+            found[TAPS // 2 :] = [0, *found[: TAPS // 2][::-1]]
+            rows[TAPS // 2] = order
+        for tap, count in enumerate(found):
             read, write = pairs[0, tap, :count].long(), pairs[1, tap, :count].long()
             rows[tap, order[write]] = read.to(rows.dtype)
         return summed(features, weights, rows)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv3d, pad
 
-from sparseattn import PatchGrid, PatchMask, submanifold_conv3d
+from sparseattn import PatchGrid, PatchMask, sparse_conv3d, submanifold_conv3d
 from sparseattn.benchmarks.registry import Benchmark, Case, Problem, Provider, Work
 
 GRID = 6
@@ -38,8 +38,8 @@ class Volume(torch.autograd.Function):
         return PatchGrid.from_dense(gradient, ctx.mask).features, None, None
 
 
-def build(case: Case) -> Problem:
-    """Make one layer with random values."""
+def build(case: Case, stride: int = 1) -> Problem:
+    """Make one layer with random values; with a stride it is `sparse_conv3d` of patches."""
     random, (inner, outer) = case.generator(), CHANNELS[case["size"]]
     groups, outer = (inner, inner) if case["depthwise"] else (1, outer)
     patch, batch = case["size"] // GRID, case["batch"]
@@ -58,30 +58,36 @@ def build(case: Case) -> Problem:
     weight = normal(outer, inner // groups, 3, 3, 3)
 
     def sparse(x: Tensor, weight: Tensor, mask: PatchMask) -> Tensor:
-        y = submanifold_conv3d(PatchGrid(x, mask), weight, groups=groups)
+        given = PatchGrid(x, mask)
+        if stride == 1:
+            return submanifold_conv3d(given, weight, groups=groups).features.flatten(0, 3)
+        y = sparse_conv3d(given, weight, stride=stride, padding=1, groups=groups)
         return y.features.flatten(0, 3)
 
     def reference(rows: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        places = torch.stack(site_places(mask, patch), 1)[rows]
+        places = torch.stack(site_places(mask, patch // stride), 1)[rows] * steps
         return convolve_at(places, PatchGrid(x, mask).to_dense(), weight, groups)
 
-    active = mask.to_dense(patch)[:, None].to(case.dtype)
+    steps = torch.tensor((1, stride, stride, stride), device=case.device)
+
+    active = mask.to_dense(patch // stride)[:, None].to(case.dtype)
     window = torch.ones((1, 1, 3, 3, 3), device=case.device)
-    pairs = float((conv3d(active.float(), window, padding=1) * active).sum())
+    reached = conv3d(mask.to_dense(patch)[:, None].float(), window, stride=stride, padding=1)
+    pairs = float((reached * active).sum())
     return Problem(
         inputs=(features, weight),
         providers=(
             Provider("sparseattn", sparse, index, ours=True),
-            *dense_providers(features, mask, active, groups),
+            *dense_providers(features, mask, active, groups, stride),
         ),
         reference=reference,
-        work=work_of(features, weight, pairs, case["size"] ** 3 * batch),
+        work=work_of(features, weight, pairs, active.numel(), stride),
         density=keep / GRID**3,
     )
 
 
 def dense_providers(
-    features: Tensor, mask: PatchMask, active: Tensor, groups: int
+    features: Tensor, mask: PatchMask, active: Tensor, groups: int, stride: int
 ) -> list[Provider]:
     """Return conv3d times the mask, channels first and channels last; sites are rows of both."""
     made, last = PatchGrid(features.detach(), mask).to_dense(), torch.channels_last_3d
@@ -91,14 +97,16 @@ def dense_providers(
 
         def call(x: Tensor, weight: Tensor) -> Tensor:
             weight = weight.contiguous(memory_format=layout)
-            y = conv3d(Volume.apply(x, volume, mask), weight, padding=1, groups=groups) * active
+            x = Volume.apply(x, volume, mask)
+            y = conv3d(x, weight, stride=stride, padding=1, groups=groups) * active
             return y.permute(0, 2, 3, 4, 1).flatten(0, 3) if layout == last else rows_of(y)
 
         return Provider(f"conv3d x mask{name}", call, dense=True, reference=reference)
 
     def reference(rows: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        spots = torch.unravel_index(rows, (made.shape[0], *made.shape[2:]))
-        found = convolve_at(torch.stack(spots, 1), PatchGrid(x, mask).to_dense(), weight, groups)
+        spots = torch.unravel_index(rows, (active.shape[0], *active.shape[2:]))
+        places = torch.stack((spots[0], *(stride * spot for spot in spots[1:])), 1)
+        found = convolve_at(places, PatchGrid(x, mask).to_dense(), weight, groups)
         return found * active[spots[0], 0, spots[1], spots[2], spots[3], None]
 
     return [provider(name, layout) for name, layout in LAYOUTS.items()]
@@ -134,10 +142,10 @@ def convolve_at(places: Tensor, volume: Tensor, weight: Tensor, groups: int) -> 
     return out.flatten(1)
 
 
-def work_of(features: Tensor, weight: Tensor, pairs: float, sites: int) -> Work:
+def work_of(features: Tensor, weight: Tensor, pairs: float, sites: int, stride: int) -> Work:
     """Count the taps that find a site, and every value once."""
     outer, inner = weight.shape[:2]
-    rows = features.shape[:4].numel()
+    rows = features.shape[:4].numel() // stride**3
     moved = features.numel() + rows * outer + weight.numel()
     size = features.element_size()
     return Work(

@@ -141,6 +141,8 @@ def neighbour_rows(
         return _by_table(fine, coarse, box, window, same)
     if same and window.symmetric and not fine.is_cuda:  # counting hits would wait for a GPU
         return _by_symmetric_search(fine, box, window)
+    if max(window.stride) > 1 and not fine.is_cuda:
+        return _by_readers(fine, coarse, coarse_sizes, box, window)
     return _by_search(fine, coarse, box, window)
 
 
@@ -272,6 +274,44 @@ def _by_symmetric_search(fine: Tensor, box: Box, window: Window) -> Tensor:
         rows[-1 - tap, read] = reader.int()
     torch.arange(len(keys), dtype=torch.int32, out=rows[middle])
     return rows
+
+
+def _by_readers(fine: Tensor, coarse: Tensor, sizes: list[int], box: Box, window: Window) -> Tensor:
+    """Search who reads each fine site: with a stride these are fewer than all that may be read."""
+    volume = Box(sizes[0], (0, 0, 0), (sizes[1], sizes[2], sizes[3]))
+    keys, readers = _ascending(volume.keys(coarse), coarse)
+    which = _ascending(box.keys(fine), fine)[1]  # in this order they ask for neighbouring keys
+    wanted, tap = fine[:, 0].index_select(0, which).to(keys.dtype), torch.zeros_like(which)
+    for axis in range(3):
+        column = fine[:, axis + 1].index_select(0, which)
+        site, step, place = read_along(column, window, axis, sizes[axis + 1])
+        which = which.index_select(0, site)
+        tap = tap.index_select(0, site).mul_(window.kernel[axis]).add_(step)
+        wanted = wanted.index_select(0, site).mul_(sizes[axis + 1]).add_(place)
+    ended = torch.cat((keys, keys.new_full((1,), torch.iinfo(keys.dtype).max)))
+    at = torch.searchsorted(keys, wanted, out_int32=True)
+    hits = (ended.index_select(0, at) == wanted).nonzero()[:, 0]
+    reader = readers.index_select(0, at.index_select(0, hits))
+    spot = tap.index_select(0, hits).mul_(len(coarse)).add_(reader)
+    rows = fine.new_full((window.taps, len(coarse)), PAD_INDEX)
+    rows.view(-1).index_copy_(0, spot, which.index_select(0, hits).int())
+    return rows
+
+
+def read_along(
+    column: Tensor, window: Window, axis: int, size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return which fine sites are read along an axis, through which tap, and where by whom.
+
+    column: where the sites lie along it. size: of the coarse volume.
+    """
+    taps = torch.arange(window.kernel[axis], dtype=column.dtype, device=column.device)
+    before = column[:, None] + (window.low[axis] - window.dilation[axis] * taps)
+    place = before.div(window.stride[axis], rounding_mode="floor")
+    fits = (place >= 0) & (place < size) & (place * window.stride[axis] == before)
+    found = fits.flatten().nonzero()[:, 0]
+    site = found.div(len(taps), rounding_mode="floor")
+    return site, found - site * len(taps), place.flatten().index_select(0, found)
 
 
 def _search(

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparseattn.structures.site_lookup import CELLS_PER_SITE, SMALLEST_TABLE, Three, Window
+from sparseattn.structures.site_lookup import (
+    CELLS_PER_SITE,
+    SMALLEST_TABLE,
+    Three,
+    Window,
+    read_along,
+)
+
+GROWTH = 4  # times that a list may grow before it is sorted for what is there twice
 
 
 class Made(NamedTuple):
@@ -72,41 +81,65 @@ def _derive(
     coordinates: Tensor, shape: list[int], out_shape: list[int], batch: int, window: list[int],
     grow: bool,
 ) -> Tensor:  # fmt: skip
-    """Return coordinates int32 [n, 4] in raster order. One axis after the other: n stays small."""
-    kernel, stride, low, dilation = Window.unpack(window)
+    """Return coordinates int32 [n, 4] in raster order, one axis after the other.
+
+    What is there twice is dropped at the end, and before that only where it is cheap or the list
+    grows long.
+    """
+    taps = Window.unpack(window)
     sizes = [batch, *shape]
     places = coordinates.to(torch.int64)
+    longest = GROWTH * len(places)
     for axis in range(3):
         size = sizes[axis + 1] = out_shape[axis]
-        offsets = torch.arange(kernel[axis], device=places.device) * dilation[axis] - low[axis]
-        if grow:
-            reached = places[:, axis + 1, None] * stride[axis] + offsets
-            fits = (reached >= 0) & (reached < size)
-        else:
-            before = places[:, axis + 1, None] - offsets
-            reached = before.div(stride[axis], rounding_mode="floor")
-            fits = (reached >= 0) & (reached < size) & (reached * stride[axis] == before)
-        site, tap = fits.nonzero(as_tuple=True)
-        places = places[site]
-        places[:, axis + 1] = reached[site, tap]
-        places = _distinct(places, sizes)
+        column = places[:, axis + 1]
+        site, reached = (_grown if grow else _touched)(column, taps, axis, size)
+        places = places.index_select(0, site)
+        places[:, axis + 1] = reached
+        if axis == 2 or len(places) > longest or _is_small(sizes, len(places)):
+            places = _distinct(places, sizes)
+            longest = GROWTH * len(places)
     return places.to(torch.int32)
+
+
+def _touched(column: Tensor, window: Window, axis: int, size: int) -> tuple[Tensor, Tensor]:
+    """Return along an axis which fine sites are read, and where by whom."""
+    site, _, reached = read_along(column, window, axis, size)
+    return site, reached
+
+
+def _grown(column: Tensor, window: Window, axis: int, size: int) -> tuple[Tensor, Tensor]:
+    """Return along an axis which coarse sites read, and where."""
+    taps = torch.arange(window.kernel[axis], device=column.device)
+    offsets = taps * window.dilation[axis] - window.low[axis]
+    reached = column[:, None] * window.stride[axis] + offsets
+    site, tap = ((reached >= 0) & (reached < size)).nonzero(as_tuple=True)
+    return site, reached[site, tap]
+
+
+def _is_small(sizes: list[int], sites: int) -> bool:
+    """Say whether a mark for each cell costs less than a sort."""
+    return math.prod(sizes) <= max(CELLS_PER_SITE * sites, SMALLEST_TABLE)
 
 
 def _distinct(places: Tensor, sizes: list[int]) -> Tensor:
     """Return each of the places [n, 4] once, in raster order."""
-    key, cells = places[:, 0], sizes[0]
+    key = places[:, 0].to(torch.int32 if math.prod(sizes) < 2**31 else torch.int64)
     for axis in (1, 2, 3):
-        key, cells = key * sizes[axis] + places[:, axis], cells * sizes[axis]
-    if cells <= max(CELLS_PER_SITE * len(key), SMALLEST_TABLE):
-        there = torch.zeros((cells,), dtype=torch.bool, device=key.device)
-        key = there.index_fill_(0, key, True).nonzero()[:, 0]
+        key = key.mul(sizes[axis]).add_(places[:, axis])
+    if _is_small(sizes, len(key)):
+        there = torch.zeros((math.prod(sizes),), dtype=torch.bool, device=key.device)
+        key = there.index_fill_(0, key.long(), True).nonzero()[:, 0]
     else:
-        key = torch.unique(key)
+        key = key.sort().values
+        first = torch.ones_like(key, dtype=torch.bool)
+        torch.ne(key[1:], key[:-1], out=first[1:])
+        key = key[first]
     found = []
     for size in sizes[:0:-1]:
-        found.append(key % size)
-        key = key // size
+        above = key.div(size, rounding_mode="floor")
+        found.append(key - above * size)
+        key = above
     return torch.stack((key, *found[::-1]), 1)
 
 
