@@ -72,6 +72,7 @@ def build(case: Case) -> Problem:
         reference=reference,
         work=voxels.work_of(features, weight, out.num_voxels, pairs, full),
         density=case.share("density"),
+        sums=True,
     )
 
 

@@ -75,6 +75,7 @@ def build(case: Case) -> Problem:
         reference=reference,
         work=voxels.work_of(features, weight, fine.num_voxels, int((found.rows >= 0).sum()), full),
         density=case.share("density"),
+        sums=True,
     )
 
 

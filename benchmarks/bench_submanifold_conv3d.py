@@ -83,6 +83,7 @@ def build(case: Case, stride: int = 1) -> Problem:
         reference=reference,
         work=work_of(features, weight, pairs, active.numel(), stride),
         density=keep / GRID**3,
+        sums=True,
     )
 
 

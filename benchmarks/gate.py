@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from sparseattn.benchmarks.registry import Problem, Provider
 from sparseattn.testing.tolerance import Judgement, judge
 
+Change = Callable[[Tensor], Tensor]
 ROWS = 96
 # Another library may round where ours does not; its time is worth printing up to this many times
 # the error that ours may have.
@@ -36,7 +38,7 @@ class Gate:
     def __init__(self, problem: Problem, seed: int = 0) -> None:
         self.problem = problem
         self.seed = seed
-        self._known: dict[Callable[..., Tensor], tuple[list[Tensor], list[Tensor]]] = {}
+        self._known: dict[Callable[..., Tensor], list[list[Any]]] = {}
 
     def judge(self, provider: Provider) -> Verdict:
         """Run forward, and backward where there is one, and hold both against the reference."""
@@ -50,10 +52,9 @@ class Gate:
             full = torch.zeros_like(out)
             full[..., rows, :] = dout
             results += torch.autograd.grad(out, leaves, full)
-        truth, naive = self._reference(provider.reference or self.problem.reference, rows, dout)
+        known = self._reference(provider.reference or self.problem.reference, rows, dout)
         names = ["out", *(f"gradient {place}" for place in range(len(leaves)))]
-        pairs = zip(names, results, naive, truth, strict=False)
-        found = [judge(name, result, rough, exact) for name, result, rough, exact in pairs]
+        found = [judge(*given) for given in zip(names, results, *known, strict=False)]
         slack = 1.0 if provider.ours else PEER_SLACK
         error = max(_ratio(judgement) for judgement in found)
         faults = [str(j) for j in found if not _ratio(j) <= slack]
@@ -70,23 +71,36 @@ class Gate:
 
     def _reference(
         self, reference: Callable[..., Tensor], rows: Tensor, dout: Tensor
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return out and gradients of the reference, in float64 and in the inputs' dtype."""
+    ) -> list[list[Any]]:
+        """Return out and gradients of the reference, each as `judge` takes them after a result.
+
+        In the inputs' dtype, then in float64; of sums of products, sizes and numbers of the terms
+        (decision 0009): what it makes of squared inputs, and of ones.
+        """
+
+        def run(wide: bool, change: Change = Tensor.clone) -> list[Tensor]:
+            inputs = [_copy(x, wide, change) for x in self.problem.inputs]
+            leaves = [x for x in inputs if x.requires_grad]
+            out = reference(rows, *inputs)
+            sent = change(dout.to(out.dtype))
+            gradients = torch.autograd.grad(out, leaves, sent) if leaves else ()
+            return [out.detach(), *gradients]
+
         if reference not in self._known:
-            both = []
-            for wide in (True, False):
-                inputs = [_copy(x, wide) for x in self.problem.inputs]
-                leaves = [x for x in inputs if x.requires_grad]
-                out = reference(rows, *inputs)
-                sent = dout.to(out.dtype)
-                gradients = torch.autograd.grad(out, leaves, sent) if leaves else ()
-                both.append([out.detach(), *gradients])
-            self._known[reference] = (both[0], both[1])
+            naive, truth = run(False), run(True)
+            sizes: list[Any] = [None] * len(truth)
+            terms: list[Any] = [None] * len(truth)
+            if self.problem.sums:
+                sizes = [size.sqrt() for size in run(True, torch.square)]
+                terms = run(True, torch.ones_like)
+            self._known[reference] = [naive, truth, sizes, terms]
         return self._known[reference]
 
 
-def _copy(x: Tensor, wide: bool) -> Tensor:
-    copy = x.detach().double() if wide and x.is_floating_point() else x.detach()
+def _copy(x: Tensor, wide: bool, change: Change) -> Tensor:
+    if not x.is_floating_point():
+        return x
+    copy = change(x.detach().double() if wide else x.detach())
     return copy.requires_grad_(x.requires_grad)
 
 

@@ -87,6 +87,8 @@ class Problem:
     reference: (rows, *inputs) -> out[..., rows, :], naive and differentiable, in the dtype of the
         inputs; `rows` is an int64 tensor of places in the second-last dimension of the output.
     density: the share of the dense work that the problem really has.
+    sums: whether output and gradients are sums of products of the inputs and what is sent, so that
+        long ones may err by their length (decision 0009).
     """
 
     inputs: tuple[Tensor, ...]
@@ -94,6 +96,7 @@ class Problem:
     reference: Callable[..., Tensor]
     work: Work
     density: float = 1.0
+    sums: bool = False
 
 
 @dataclass(frozen=True)

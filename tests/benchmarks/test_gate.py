@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sparseattn.benchmarks.attention import attention_rows, attention_work
-from sparseattn.benchmarks.gate import Gate
-from sparseattn.benchmarks.registry import Benchmark, Case, Problem, Provider
+from sparseattn.benchmarks.gate import Gate, Verdict
+from sparseattn.benchmarks.registry import Benchmark, Case, Problem, Provider, Work
 from sparseattn.benchmarks.runner import Settings, run_case
 from sparseattn.benchmarks.timing import CpuTimer
 
@@ -110,3 +110,21 @@ def test_gains_are_over_the_dense_baseline() -> None:
     for mode in ("forward", "backward", "both"):
         ours, dense = records["tried", mode], records["dense", mode]
         assert ours["speedup"] == dense["p50"] / ours["p50"] and dense["speedup"] == 1
+
+
+def test_long_sums_may_err_by_their_length() -> None:
+    """Decision 0009: one product after the other errs more than sums of sums do."""
+    x, weight = torch.randn(64, 2048), torch.randn(2048, 8)
+
+    def one_by_one(x: Tensor, weight: Tensor) -> Tensor:
+        out = x.new_zeros(64, 8)
+        for column, row in zip(x.mT, weight, strict=True):
+            out += column[:, None] * row
+        return out
+
+    def verdict(sums: bool) -> Verdict:
+        work = Work(flops=1, bytes=1, backward_flops=1, backward_bytes=1, dense_flops=1)
+        problem = Problem((x, weight), (), lambda rows, x, w: x[rows] @ w, work, sums=sums)
+        return Gate(problem).judge(Provider("ours", one_by_one, ours=True))
+
+    assert not verdict(True).faults and verdict(True).error < verdict(False).error
