@@ -188,11 +188,12 @@ def _legend(figure: Any) -> None:
 
 
 def _logarithmic(axis: Any, heading: str, x: str, y: str, ticks: Sequence[float]) -> None:
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogFormatter, NullLocator
 
     axis.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
     axis.set_title(heading, fontsize=9)
     axis.set_xticks(list(ticks), [f"{tick:g}" for tick in ticks])
     axis.xaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     axis.grid(alpha=0.3, which="both", lw=0.5)

@@ -57,14 +57,22 @@ def load_runs(path: Path) -> list[dict[str, Any]]:
 
 
 def read(paths: Iterable[Path]) -> list[Record]:
-    """Return the records of some files, the latest of each kind, with the machine they are of."""
+    """Return the records of some files, the latest of each kind, with the machine they are of.
+
+    They come sorted by op, dtype (float32 first) and case, however many runs they were made in.
+    """
     found = [
         record | {"machine": run["machine"]}
         for path in paths
         for run in load_runs(path)
         for record in run["records"]
     ]
-    return latest(found)
+    return sorted(latest(found), key=_place)
+
+
+def _place(record: Record) -> tuple[Any, ...]:
+    dtype = record["dtype"]
+    return record["op"], dtype != "float32", dtype, tuple(record["case"].values())
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
