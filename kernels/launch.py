@@ -72,6 +72,20 @@ def unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+def in_steps(*tensors: Tensor) -> tuple[int, tuple[tuple[int, ...], ...]]:
+    """Return a step of 8 or 1 elements, and batch, head and row strides of [B, H, N, D] in steps.
+
+    The compiler learns by itself only what 16 divides, see tiles.in_elements. Products of int32
+    strides and the step stay int32. Strides of dimensions of size 1 do not count.
+    """
+    step = 8
+    for tensor in tensors:
+        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True):
+            if size > 1 and (stride % 8 != 0 or stride >= 2**31):
+                step = 1
+    return step, tuple(tuple(s // step for s in tensor.stride()[:3]) for tensor in tensors)
+
+
 def describable(*tensors: Tensor) -> bool:
     """Say whether tensors [B, H, N, D] may be read by tile through descriptors (TMA).
 

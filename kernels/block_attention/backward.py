@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launch as launching
+from ..tiles import in_elements
 from . import tuning
 from .backward_dkv import block_attention_bwd_dkv_kernel
 from .backward_dq import block_attention_bwd_dq_kernel
@@ -27,7 +28,8 @@ from .call import Call
 def block_attention_bwd_delta_kernel(
     o_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, o_strides, do_strides,
     num_heads, q_len, num_tiles,
-    HAS_DLSE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    STEP: tl.constexpr, HAS_DLSE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """delta_i = do_i.o_i - dlse_i, 0 where nothing is seen. One program: BLOCK_Q queries."""
     head_at = (tl.program_id(0) // num_tiles).to(tl.int64)
@@ -37,6 +39,7 @@ def block_attention_bwd_delta_kernel(
     columns = tl.arange(0, BLOCK_D)[None, :]
     kept = query_ok[:, None] & (columns < D)
     at = queries[:, None].to(tl.int64)
+    o_strides, do_strides = in_elements(o_strides, STEP), in_elements(do_strides, STEP)
     o_ptr += batch * o_strides[0] + head * o_strides[1]
     do_ptr += batch * do_strides[0] + head * do_strides[1]
     o = tl.load(o_ptr + at * o_strides[2] + columns, mask=kept, other=0.0)
@@ -96,10 +99,11 @@ def _delta(
     batch, heads, q_len, head_dim = out.shape
     delta = torch.empty_like(lse)
     num_tiles = triton.cdiv(q_len, tuning.DELTA_ROWS)
+    step, strides = launching.in_steps(out, dout)
     block_attention_bwd_delta_kernel[(batch * heads * num_tiles,)](
         out, dout, lse, lse if dlse is None else dlse.contiguous(), delta,
-        out.stride()[:3], dout.stride()[:3], heads, q_len, num_tiles,
-        HAS_DLSE=dlse is not None, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
+        *strides, heads, q_len, num_tiles,
+        STEP=step, HAS_DLSE=dlse is not None, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
         BLOCK_Q=tuning.DELTA_ROWS,
     )  # fmt: skip
     return delta, dout
@@ -109,20 +113,21 @@ def _launch_dkv(
     call: Call, columns: launching.IndexLists, dout: Tensor, lse: Tensor, delta: Tensor,
     dk: Tensor, dv: Tensor, scale: float, needs_bias: bool,
 ) -> Tensor | None:  # fmt: skip
-    q, k, *others = call.tensors
+    q, k, v, *others = call.tensors
     # a query that sees nothing may hold NaN, and only partial blocks and gates have such
     plain = not call.flags["HAS_PARTIAL"] and not call.flags["HAS_GATE"]
     launch, options = call.pick(tuning.BACKWARD_DKV, q, dout, may_describe=plain)
     q_source, do_source = call.sources(launch.tile_q, options, q, dout)
     num_tiles = triton.cdiv(k.shape[2], launch.tile_k)
     dbias = lse.new_empty((*q.shape[:2], k.shape[2])) if needs_bias else lse
+    step, strides = launching.in_steps(q, k, v, dout, dk, dv)
     block_attention_bwd_dkv_kernel[(k.shape[0] * k.shape[1] * num_tiles,)](
-        q_source, k, *others, do_source, lse, delta, *call.filled(columns), call.bits,
+        q_source, k, v, *others, do_source, lse, delta, *call.filled(columns), call.bits,
         dk, dv, dbias,
-        *call.strides, dout.stride()[:3], dk.stride()[:3], dv.stride()[:3], *call.extra_strides,
+        *strides, *call.extra_strides,
         q.shape[1], q.shape[2], k.shape[2], call.num_columns, num_tiles, call.num_rows,
         *call.mask_steps, *call.capacities(columns), scale,
-        NEEDS_BIAS=needs_bias, **call.backward_flags, **options,
+        STEP=step, NEEDS_BIAS=needs_bias, **call.backward_flags, **options,
     )  # fmt: skip
     return dbias if needs_bias else None
 
@@ -135,15 +140,16 @@ def _launch_dq(
     launch, options = call.pick(tuning.BACKWARD_DQ, k, v)
     k_source, v_source = call.sources(launch.tile_k, options, k, v)
     num_tiles = triton.cdiv(q.shape[2], launch.tile_q)
+    step, strides = launching.in_steps(q, k, v, dout, dq)
     shares = lse
     if needs_gate:
         shares = lse.new_zeros((*q.shape[:2], num_tiles, call.num_columns))
     block_attention_bwd_dq_kernel[(q.shape[0] * q.shape[1] * num_tiles,)](
         q, k_source, v_source, *extras, dout, lse, delta, *call.row_lists, call.bits, dq, shares,
-        *call.strides, dout.stride()[:3], dq.stride()[:3], *call.extra_strides,
+        *strides, *call.extra_strides,
         q.shape[1], q.shape[2], k.shape[2], call.num_rows, num_tiles, call.num_columns,
         *call.mask_steps, *call.row_capacities, scale,
-        NEEDS_GATE=needs_gate, **call.backward_flags, **options,
+        STEP=step, NEEDS_GATE=needs_gate, **call.backward_flags, **options,
     )  # fmt: skip
     if not needs_gate:
         return None

@@ -10,6 +10,7 @@ import triton.language as tl
 from ..tiles import (
     add_dot,
     dot_rows,
+    in_elements,
     list_range,
     load_rows,
     load_tile,
@@ -92,7 +93,7 @@ def block_attention_bwd_dkv_kernel(
     num_heads, q_len, k_len, num_columns, num_tiles, num_rows,
     mask_batch_step, mask_head_step, capacity, partial_capacity,
     scale,
-    GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr,
+    STEP: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr,
     HAS_PARTIAL: tl.constexpr, NEEDS_BIAS: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     MASK_BLOCK_Q: tl.constexpr, MASK_BLOCK_K: tl.constexpr,
@@ -107,6 +108,9 @@ def block_attention_bwd_dkv_kernel(
     column = start // MASK_BLOCK_K
     keys = start + tl.arange(0, BLOCK_K)
     in_range = keys < k_len
+    q_strides, k_strides = in_elements(q_strides, STEP), in_elements(k_strides, STEP)
+    v_strides, do_strides = in_elements(v_strides, STEP), in_elements(do_strides, STEP)
+    dk_strides, dv_strides = in_elements(dk_strides, STEP), in_elements(dv_strides, STEP)
     k_ptr += batch * k_strides[0] + key_head * k_strides[1] + start.to(tl.int64) * k_strides[2]
     v_ptr += batch * v_strides[0] + key_head * v_strides[1] + start.to(tl.int64) * v_strides[2]
     dk0, dk1 = zero_chunks(BLOCK_K, D0, D1)

@@ -10,6 +10,7 @@ import triton.language as tl
 from ..tiles import (
     add_dot,
     dot_rows,
+    in_elements,
     list_range,
     load_rows,
     load_tile,
@@ -85,7 +86,7 @@ def block_attention_bwd_dq_kernel(
     num_heads, q_len, k_len, num_rows, num_tiles, num_columns,
     mask_batch_step, mask_head_step, capacity, partial_capacity,
     scale,
-    GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr,
+    STEP: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr,
     HAS_PARTIAL: tl.constexpr, NEEDS_GATE: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     MASK_BLOCK_Q: tl.constexpr, MASK_BLOCK_K: tl.constexpr,
@@ -101,6 +102,9 @@ def block_attention_bwd_dq_kernel(
     queries = start + tl.arange(0, BLOCK_Q)
     in_range = queries < q_len
     mask_head = batch * mask_batch_step + head * mask_head_step
+    q_strides, k_strides = in_elements(q_strides, STEP), in_elements(k_strides, STEP)
+    v_strides, do_strides = in_elements(v_strides, STEP), in_elements(do_strides, STEP)
+    dq_strides = in_elements(dq_strides, STEP)
     q_ptr += batch * q_strides[0] + head * q_strides[1] + start.to(tl.int64) * q_strides[2]
     do_ptr += batch * do_strides[0] + head * do_strides[1] + start.to(tl.int64) * do_strides[2]
     if not IS_TMA:

@@ -114,12 +114,6 @@ class Call:
         return self.capacities(self.rows)
 
     @property
-    def strides(self) -> tuple[tuple[int, ...], ...]:
-        """Batch, head and token strides of q, k and v."""
-        q, k, v = self.tensors[:3]
-        return q.stride()[:3], k.stride()[:3], v.stride()[:3]
-
-    @property
     def extra_strides(self) -> tuple[tuple[int, ...], ...]:
         """Strides of bias, gate and token bits, 0 along what they share."""
         bias, gate = self.tensors[3:]

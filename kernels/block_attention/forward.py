@@ -18,6 +18,7 @@ from .. import launch as launching
 from ..tiles import (
     add_dot,
     dot_rows,
+    in_elements,
     list_range,
     load_rows,
     load_tile,
@@ -128,8 +129,8 @@ def block_attention_fwd_kernel(
     num_heads, q_len, k_len, num_rows, num_tiles, num_columns,
     mask_batch_step, mask_head_step, capacity, partial_capacity, num_splits,
     scale,
-    GROUP: tl.constexpr, NEGATE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr,
-    HAS_PARTIAL: tl.constexpr, HAS_SPLITS: tl.constexpr,
+    STEP: tl.constexpr, GROUP: tl.constexpr, NEGATE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_PARTIAL: tl.constexpr, HAS_SPLITS: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     MASK_BLOCK_Q: tl.constexpr, MASK_BLOCK_K: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, IS_TMA: tl.constexpr,
@@ -147,6 +148,8 @@ def block_attention_fwd_kernel(
     queries = start + tl.arange(0, BLOCK_Q)
     query_ok = queries < q_len
     mask_head = batch * mask_batch_step + head * mask_head_step
+    q_strides, k_strides = in_elements(q_strides, STEP), in_elements(k_strides, STEP)
+    v_strides, o_strides = in_elements(v_strides, STEP), in_elements(o_strides, STEP)
     q_ptr += batch * q_strides[0] + head * q_strides[1] + start.to(tl.int64) * q_strides[2]
     if not IS_TMA:
         k_ptr += batch * k_strides[0] + (head // GROUP) * k_strides[1]
@@ -218,7 +221,7 @@ def block_attention_fwd_kernel(
 def block_attention_fwd_combine_kernel(
     part_ptr, part_lse_ptr, o_ptr, lse_ptr, o_strides,
     num_heads, q_len, num_tiles, num_splits,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    STEP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """o = sum_s w_s o_s / sum_s w_s with w_s = exp(lse_s), in the order of the splits.
 
@@ -247,6 +250,7 @@ def block_attention_fwd_combine_kernel(
         m = m_new
     acc /= tl.where(l == 0.0, 1.0, l)[:, None]
     lse = tl.where(l == 0.0, float("-inf"), (m + tl.log2(l)) * 0.6931471805599453)
+    o_strides = in_elements(o_strides, STEP)
     o_ptr += batch * o_strides[0] + head * o_strides[1]
     o_ptrs = o_ptr + queries[:, None].to(tl.int64) * o_strides[2] + columns
     tl.store(o_ptrs, acc.to(o_ptr.dtype.element_ty), mask=kept)
@@ -285,20 +289,21 @@ def forward(
     if num_splits > 1:
         o = q.new_empty((num_splits, *q.shape), dtype=torch.float32)
         o_lse = q.new_empty((num_splits, *q.shape[:3]), dtype=torch.float32)
+    step, strides = launching.in_steps(q, k, v, out)
     with call.device:
         block_attention_fwd_kernel[(programs, num_splits)](
             q, k_source, v_source, *extras, *call.row_lists, call.bits, o, o_lse,
-            *call.strides, out.stride()[:3], *call.extra_strides,
+            *strides, *call.extra_strides,
             q.shape[1], q.shape[2], k.shape[2], call.num_rows, num_tiles, call.num_columns,
             *call.mask_steps, *call.row_capacities, num_splits, call.scale,
-            HAS_SPLITS=num_splits > 1, **call.flags, **options,
+            STEP=step, HAS_SPLITS=num_splits > 1, **call.flags, **options,
         )  # fmt: skip
         if num_splits > 1:
             num_tiles = triton.cdiv(q.shape[2], tuning.COMBINE_ROWS)
             block_attention_fwd_combine_kernel[(q.shape[0] * q.shape[1] * num_tiles,)](
-                o, o_lse, out, lse, out.stride()[:3],
+                o, o_lse, out, lse, strides[3],
                 q.shape[1], q.shape[2], num_tiles, num_splits,
-                D=q.shape[3], BLOCK_D=triton.next_power_of_2(q.shape[3]),
+                STEP=step, D=q.shape[3], BLOCK_D=triton.next_power_of_2(q.shape[3]),
                 BLOCK_Q=tuning.COMBINE_ROWS,
             )  # fmt: skip
     return out, lse
