@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.ops.blocked.plan import accumulate_dtype as wide_dtype
+from sparseattn.ops.blocked.plan import settle_exp
 
 _CHUNK = 1 << 18  # numbers of a chunk of tokens: what keeps its features in the cache
 
@@ -19,6 +20,7 @@ def _feature(x: Tensor, feature_map: str) -> Tensor:
     multiples of the last bit of 1, that of -17 to 0.
     """
     if feature_map == "elu":
+        settle_exp()
         return x.clamp(max=0).exp_().add_(x.clamp(min=0))
     return x.relu() if feature_map == "relu" else x.clone()
 

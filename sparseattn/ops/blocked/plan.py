@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -153,10 +153,22 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@cache
+def settle_exp() -> None:
+    """Let one thread alone make the first call of exp and log in this process.
+
+    Intel's library chooses its code at the first call. Where two threads made that together, one of
+    them got a version with errors of 3e-5, in a quarter of fresh processes (docs/log.md).
+    """
+    for dtype in (torch.float32, torch.float64):
+        torch.ones(16, dtype=dtype).exp_().log_()
+
+
 class Scratch:
     """Memory that the chunks of one call use in turn: fresh pages for each would cost more time."""
 
     def __init__(self, device: torch.device) -> None:
+        settle_exp()
         self._device = device
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
