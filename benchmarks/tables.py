@@ -132,7 +132,9 @@ def _memory(records: Sequence[Record]) -> list[str]:
     for case in by_case(record for record in records if record.get("mode") == "both"):
         dense = [record for record in case if record["dense"]]
         best = min(dense, key=lambda record: float(record["p50"]), default=None)
-        shares += [r["peak_bytes"] / best["peak_bytes"] for r in case if r["ours"] and best]
+        ours = next((record for record in case if record["ours"]), None)
+        if ours and best:
+            shares.append(ours["peak_bytes"] / best["peak_bytes"])
     if not shares:
         return []
     span = f"{min(shares):.2g} to {max(shares):.2g}"
@@ -175,8 +177,14 @@ def against(modes: dict[str, Record], peer: str) -> str:
 
 
 def _ours(modes: dict[str, Record], mode: str) -> Record:
-    """Return our record of a mode; without an index, full is forward and backward."""
-    found = {r["mode"]: r for r in modes.values() if r["ours"] and r.get("mode")}
+    """Return our record of a mode; without an index, full is forward and backward.
+
+    Of several providers of ours the first is the op as it is; others compute something else.
+    """
+    found: dict[str, Record] = {}
+    for record in modes.values():
+        if record["ours"] and record.get("mode"):
+            found.setdefault(record["mode"], record)
     return found.get(mode) or (found.get("both", {}) if mode == "full" else {})
 
 
