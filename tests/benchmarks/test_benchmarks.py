@@ -32,7 +32,13 @@ def test_ops_are_found_by_the_names_of_their_files() -> None:
     assert all(registry.load(op).op == op for op in registry.ops())
 
 
-@pytest.mark.parametrize("op", registry.ops())
+@pytest.mark.parametrize(
+    "op",
+    [
+        pytest.param(op, marks=[pytest.mark.slow] * (op == "vit_trim_tokens"))
+        for op in registry.ops()
+    ],
+)
 def test_every_provider_runs_or_says_why_not(op: str) -> None:
     benchmark = registry.load(op)
     providers = benchmark.build(small_case(benchmark)).providers
