@@ -3,7 +3,9 @@
 The three ops share kernels, maps and checks, so they share these tests, too.
 """
 
+import json
 from functools import partial
+from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -23,6 +25,7 @@ OPS = {
     "sparse_conv_transpose3d": sparse_conv_transpose3d,
 }
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICES = {"torch": "cpu", "triton": TRITON_DEVICE, "reference": "cpu"}
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -247,6 +250,38 @@ def test_torch_path_on_random_inputs(spec):
 
 
 # -- an independent witness --------------------------------------------------------------------
+
+WITNESS = json.loads(Path(__file__).with_name("spconv_witness.json").read_text())
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("number", range(len(WITNESS["layers"])))
+def test_equals_what_spconv_computed(number, impl):
+    """Bit for bit, since all numbers are whole; make_spconv_witness.py says how it was made."""
+    device = DEVICES[impl]
+
+    def read(values, name):
+        return torch.tensor(values[name], dtype=torch.float32, device=device)
+
+    def voxels(values):
+        places, features = read(values, "coordinates").int(), read(values, "features")
+        return VoxelTensor(features, places, tuple(values["spatial_shape"]), WITNESS["batch_size"])
+
+    x, theirs = voxels(WITNESS), WITNESS["layers"][number]
+    weight, bias = read(theirs, "weight").permute(0, 4, 1, 2, 3), read(theirs, "bias")
+    options = {n: v for n, v in theirs["options"].items() if n != "kernel_size"} | {"impl": impl}
+    if theirs["layer"] == "SubMConv3d":
+        y = submanifold_conv3d(x, weight, bias, **options)
+    elif theirs["layer"] == "SparseConv3d":
+        y = sparse_conv3d(x, weight, bias, **options)
+    else:  # of what the layer before made
+        given = voxels(WITNESS["layers"][number - 1])
+        y = sparse_conv_transpose3d(given, weight.transpose(0, 1), bias, out_sites=x, **options)
+    expected = voxels(theirs)
+    expected.validate()
+    assert len(y.features) == len(expected.features) > 0
+    assert torch.equal(y.to_dense(), expected.to_dense())
+    assert {*map(tuple, y.coordinates.tolist())} == {*map(tuple, expected.coordinates.tolist())}
 
 
 @pytest.mark.parametrize("kind", ["submanifold", "strided", "inverse"])
