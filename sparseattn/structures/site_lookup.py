@@ -303,15 +303,22 @@ def read_along(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return which fine sites are read along an axis, through which tap, and where by whom.
 
-    column: where the sites lie along it. size: of the coarse volume.
+    column: where the sites lie along it. size: of the coarse volume. In the order of `column`, and
+    for each site by taps.
     """
-    taps = torch.arange(window.kernel[axis], dtype=column.dtype, device=column.device)
-    before = column[:, None] + (window.low[axis] - window.dilation[axis] * taps)
-    place = before.div(window.stride[axis], rounding_mode="floor")
-    fits = (place >= 0) & (place < size) & (place * window.stride[axis] == before)
+    step, span, dilation = window.stride[axis], window.spans[axis], window.dilation[axis]
+    ahead, readers = column + window.low[axis], span // step + 1  # how many may read one site
+    back = torch.arange(readers, dtype=column.dtype, device=column.device)
+    place = ahead.div(step, rounding_mode="floor")[:, None] - back
+    rest = ahead[:, None] - place * step
+    fits = (place >= 0) & (place < size) & (rest <= span)
+    if dilation > 1:
+        fits &= rest % dilation == 0
     found = fits.flatten().nonzero()[:, 0]
-    site = found.div(len(taps), rounding_mode="floor")
-    return site, found - site * len(taps), place.flatten().index_select(0, found)
+    site = found if readers == 1 else found.div(readers, rounding_mode="floor")
+    tap = rest.flatten().index_select(0, found)
+    tap = tap if dilation == 1 else tap.div(dilation, rounding_mode="floor")
+    return site, tap, place.flatten().index_select(0, found)
 
 
 def _search(

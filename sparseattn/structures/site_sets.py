@@ -9,14 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparseattn.structures.site_lookup import (
-    CELLS_PER_SITE,
-    SMALLEST_TABLE,
-    Three,
-    Window,
-    read_along,
-)
+from sparseattn.structures.site_lookup import SMALLEST_TABLE, Three, Window, read_along
 
+MARKS_PER_SITE = 16  # with more cells to mark and look through, it is faster to sort
 GROWTH = 4  # times that a list may grow before it is sorted for what is there twice
 
 
@@ -88,18 +83,19 @@ def _derive(
     """
     taps = Window.unpack(window)
     sizes = [batch, *shape]
-    places = coordinates.to(torch.int64)
-    longest = GROWTH * len(places)
+    places = [column.contiguous() for column in coordinates.unbind(1)]
+    longest = GROWTH * len(coordinates)
     for axis in range(3):
         size = sizes[axis + 1] = out_shape[axis]
-        column = places[:, axis + 1]
-        site, reached = (_grown if grow else _touched)(column, taps, axis, size)
-        places = places.index_select(0, site)
-        places[:, axis + 1] = reached
-        if axis == 2 or len(places) > longest or _is_small(sizes, len(places)):
+        site, reached = (_grown if grow else _touched)(places[axis + 1], taps, axis, size)
+        places = [
+            reached if other == axis + 1 else column.index_select(0, site)
+            for other, column in enumerate(places)
+        ]
+        if axis == 2 or len(site) > longest or _is_small(sizes, len(site)):
             places = _distinct(places, sizes)
-            longest = GROWTH * len(places)
-    return places.to(torch.int32)
+            longest = GROWTH * len(places[0])
+    return torch.stack(places, 1)
 
 
 def _touched(column: Tensor, window: Window, axis: int, size: int) -> tuple[Tensor, Tensor]:
@@ -112,24 +108,25 @@ def _grown(column: Tensor, window: Window, axis: int, size: int) -> tuple[Tensor
     """Return along an axis which coarse sites read, and where."""
     taps = torch.arange(window.kernel[axis], device=column.device)
     offsets = taps * window.dilation[axis] - window.low[axis]
-    reached = column[:, None] * window.stride[axis] + offsets
+    reached = column.long()[:, None] * window.stride[axis] + offsets
     site, tap = ((reached >= 0) & (reached < size)).nonzero(as_tuple=True)
-    return site, reached[site, tap]
+    return site, reached[site, tap].int()
 
 
 def _is_small(sizes: list[int], sites: int) -> bool:
     """Say whether a mark for each cell costs less than a sort."""
-    return math.prod(sizes) <= max(CELLS_PER_SITE * sites, SMALLEST_TABLE)
+    return math.prod(sizes) <= max(MARKS_PER_SITE * sites, SMALLEST_TABLE)
 
 
-def _distinct(places: Tensor, sizes: list[int]) -> Tensor:
-    """Return each of the places [n, 4] once, in raster order."""
-    key = places[:, 0].to(torch.int32 if math.prod(sizes) < 2**31 else torch.int64)
+def _distinct(places: list[Tensor], sizes: list[int]) -> list[Tensor]:
+    """Return each of the places, four columns, once, in raster order."""
+    key = places[0].to(torch.int32 if math.prod(sizes) < 2**31 else torch.int64)
     for axis in (1, 2, 3):
-        key = key.mul(sizes[axis]).add_(places[:, axis])
+        key = key.mul(sizes[axis]).add_(places[axis])
     if _is_small(sizes, len(key)):
         there = torch.zeros((math.prod(sizes),), dtype=torch.bool, device=key.device)
         key = there.index_fill_(0, key.long(), True).nonzero()[:, 0]
+        key = key.int() if len(there) < 2**31 else key
     else:
         key = key.sort().values
         first = torch.ones_like(key, dtype=torch.bool)
@@ -138,9 +135,9 @@ def _distinct(places: Tensor, sizes: list[int]) -> Tensor:
     found = []
     for size in sizes[:0:-1]:
         above = key.div(size, rounding_mode="floor")
-        found.append(key - above * size)
+        found.append((key - above * size).int())
         key = above
-    return torch.stack((key, *found[::-1]), 1)
+    return [key.int(), *found[::-1]]
 
 
 def _derive_fake(coordinates: Tensor, *rest: Any) -> Tensor:

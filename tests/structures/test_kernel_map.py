@@ -249,7 +249,7 @@ def test_derived_sites(what, tabled, data):
     with pytest.MonkeyPatch.context() as patch:
         if not tabled:
             patch.setattr("sparseattn.structures.site_sets.SMALLEST_TABLE", 0)
-            patch.setattr("sparseattn.structures.site_sets.CELLS_PER_SITE", 0)
+            patch.setattr("sparseattn.structures.site_sets.MARKS_PER_SITE", 0)
             patch.setattr("sparseattn.structures.site_sets.GROWTH", draw(st.sampled_from([1, 4])))
         found = {"touched": touched, "grown": grown}[what](near, taps, other)
     place = torch.nonzero(torch.ones(near.batch_size, *other)).tolist()
