@@ -60,7 +60,9 @@ def submanifold_conv3d(
 
     Notes:
         What a site holds that is not active, be it NaN, reaches nobody: it is never read. Samples
-        without active patches, and no patches at all, work.
+        without active patches, and no patches at all, work. If a gradient that arrives is not
+        finite, that of the weight is not: impl="triton" sums pairs that exist alone, on a PatchGrid
+        the others multiply zeros of sites that are not active, too, as dense convolution does.
         Deterministic: equal bits on every call, and a sample does not depend on the values of its
         batch mates (impl="torch" on a GPU is as deterministic as torch's conv3d). No wait for the
         device; with a mask of fixed `keep`, shapes are static, so CUDA graphs and

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from sparseattn.benchmarks import registry
 from sparseattn.benchmarks.registry import Benchmark, Case
 from sparseattn.benchmarks.runner import Record, Settings, run_case
 from sparseattn.benchmarks.timing import CpuTimer
+from sparseattn.testing.memory import peak_extra_bytes
 
 CPU = torch.device("cpu")
 RATES: Record = {"matmul_tflops": {"float32": 0.1, "bfloat16": 0.2}, "copy_gbps": 10.0}
@@ -25,6 +30,26 @@ def run_small(op: str, dtype: str, providers: tuple[str, ...]) -> list[Record]:
     benchmark = registry.load(op)
     settings = Settings(**{**QUICK.__dict__, "providers": providers})
     return run_case(benchmark, small_case(benchmark, dtype), RATES, CpuTimer(), settings)
+
+
+@pytest.mark.parametrize("depthwise", [0, 1])
+@pytest.mark.parametrize("size", [12, pytest.param(24, marks=pytest.mark.slow)])
+def test_convolution_of_patches_holds_half_of_what_dense_does(size: int, depthwise: int) -> None:
+    """Beyond the inputs, at HySparK's smallest levels, where weights outweigh the features."""
+    axes = {"batch": 1, "size": size, "depthwise": depthwise, "density": 0.25}
+    problem = registry.load("submanifold_conv3d").build(Case(axes, torch.float32, CPU))
+    held: dict[bool, list[int]] = {True: [], False: []}
+    for provider in problem.providers:
+        index = () if provider.index is None else (provider.index(),)
+
+        def both(
+            call: Callable[..., Tensor] = provider.call, index: tuple[Any, ...] = index
+        ) -> tuple[Tensor, ...]:
+            out = call(*problem.inputs, *index)
+            return out, *torch.autograd.grad(out, problem.inputs, out.detach())
+
+        held[provider.ours].append(peak_extra_bytes(both)[1])
+    assert len(held[False]) == 2 and 0 < held[True][0] <= 0.5 * min(held[False])
 
 
 def test_ops_are_found_by_the_names_of_their_files() -> None:

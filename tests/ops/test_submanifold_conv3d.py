@@ -186,12 +186,15 @@ def test_weight_gradient_in_splits(monkeypatch):
     compare(spec, "triton", device=TRITON_DEVICE)
 
 
-@pytest.mark.parametrize("case", ["k3-p2", "k3-p4", "groups-2", "depthwise-p8", "strided-p4"])
-def test_small_workspaces_give_the_same(case, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "case", ["k3-p2", "k3-p4", "groups-2", "depthwise-p8", "strided-depthwise", "channels-18-33"]
+)
+def test_small_workspaces_give_the_same(case, dtype, monkeypatch):
     from sparseattn.ops.blocked import patch_conv3d as blocked
 
-    monkeypatch.setattr(blocked, "WORKSPACE", 1)  # one patch at a time
-    compare(CASES[case], "torch")
+    monkeypatch.setattr(blocked, "WORKSPACE", 1)  # one patch and 16 channels at a time
+    compare(CASES[case], "torch", dtype)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton", "reference"])

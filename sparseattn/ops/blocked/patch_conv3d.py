@@ -2,7 +2,8 @@
 
 Chunks of patches are copied out with a halo of what their neighbours hold, and torch's dense
 convolution without padding runs on them; nothing of what it computes is thrown away. Small patches
-are too small for it: there all that a site reads is laid side by side, for one product of matrices.
+are too small for it: there all that a site reads is laid side by side, for products of matrices,
+a part of the channels at a time, so that weights are turned into their layout part by part, too.
 The workspace is bounded, and chunks are taken in order.
 
 With a stride the output's patches have 1 / stride of the sites along each axis. In the gradient of
@@ -23,8 +24,10 @@ from torch.nn.functional import conv3d
 
 from sparseattn.structures.site_lookup import Three, Window
 
-WORKSPACE = 16 * 2**20  # bytes of gathered features at once
+WORKSPACE = 4 * 2**20  # bytes: features of a chunk with their halo; beside products, half of it
+LEAST_CHANNELS = 16  # of one product, even if their weights take more than the workspace
 LARGEST_GATHERED = 2  # voxels; in larger patches the halo costs less than a copy for each tap
+LARGEST_BY_ELEMENT = 4  # voxels; there the gradient of a depthwise weight is a sum for each tap
 
 Sides = list[tuple[int, int, int]]
 
@@ -74,10 +77,9 @@ class Problem(NamedTuple):
 def forward(problem: Problem, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return y [P, qx, qy, qz, C_out] in the dtype of x; q = patch / stride."""
     bias = None if bias is None else bias.to(problem.wide)
-    if not problem.is_gathered:
-        return _convolve(problem, _channels_last(weight, problem), bias)
-    by_site = _channels_last(weight, problem).permute(0, 2, 3, 4, 1).flatten(1)  # a view
-    return _multiply(problem, by_site.mT, bias)
+    if problem.is_gathered:
+        return _multiply(problem, weight, bias)
+    return _convolve(problem, _channels_last(weight, problem), bias)
 
 
 def input_gradient(problem: Problem, weight: Tensor) -> Tensor:
@@ -109,21 +111,51 @@ def input_gradient(problem: Problem, weight: Tensor) -> Tensor:
 
 def weight_gradient(problem: Problem, dy: Tensor, shape: torch.Size) -> Tensor:
     """Return dW of a shape, in the wide dtype."""
-    x, window = problem.x, problem.window
-    dw = torch.zeros(shape, dtype=problem.wide, device=x.device)
+    x, wide = problem.x, problem.wide
+    dw = torch.zeros(shape, dtype=wide, device=x.device)
+    if problem.is_gathered:
+        for channels in _parts(problem, shape):
+            part = problem._replace(x=x[..., channels].contiguous())
+            dw[:, channels] = _products(part, dy, shape)
+        return dw
+    add = _add_convolution
+    if shape[0] == x.shape[4] == problem.groups and max(problem.pooled) <= LARGEST_BY_ELEMENT:
+        add = _add_by_element
     dw = dw.contiguous(memory_format=torch.channels_last_3d)
-    by_tap = dw.permute(0, 2, 3, 4, 1).flatten(1)  # [C_out, taps * C_in], a view
-    for rows in _chunks(problem):
-        sent = dy[rows].to(problem.wide)
-        if problem.is_gathered:
-            by_tap.addmm_(sent.reshape(-1, shape[0]).mT, _gathered(problem, rows))
-            continue
-        dw += torch.ops.aten.convolution_backward(
-            sent.contiguous().permute(0, 4, 1, 2, 3), _halo(problem, rows), dw, None,
-            list(window.stride), [0, 0, 0], list(window.dilation), False, [0, 0, 0],
-            problem.groups, [False, True, False],
-        )[1]  # fmt: skip
+    for rows in _chunks(problem, shape[0]):
+        add(dw, problem, dy[rows].to(wide).contiguous(), rows)
     return dw
+
+
+def _products(problem: Problem, dy: Tensor, shape: torch.Size) -> Tensor:
+    """Return dW of some channels as products of dy and of all that a site reads."""
+    kernel, outer = problem.window.kernel, shape[0]
+    dw = dy.new_zeros((outer, problem.window.taps * problem.x.shape[4]), dtype=problem.wide)
+    for rows in _chunks(problem, outer):
+        sent = dy[rows].to(problem.wide).reshape(-1, outer)
+        dw.addmm_(sent.mT, _gathered(problem, rows))
+    return dw.unflatten(1, (*kernel, -1)).permute(0, 4, 1, 2, 3)
+
+
+def _add_convolution(dw: Tensor, problem: Problem, dy: Tensor, rows: slice) -> None:
+    """Add to dW what torch's convolution makes of dy [n, qx, qy, qz, C_out]."""
+    window, halo = problem.window, _halo(problem, rows)
+    dw += torch.ops.aten.convolution_backward(
+        dy.permute(0, 4, 1, 2, 3), halo.permute(0, 4, 1, 2, 3), dw, None, list(window.stride),
+        [0, 0, 0], list(window.dilation), False, [0, 0, 0], problem.groups, [False, True, False],
+    )[1]  # fmt: skip
+
+
+def _add_by_element(dw: Tensor, problem: Problem, dy: Tensor, rows: slice) -> None:
+    """Add to dW [C, 1, kx, ky, kz] what each tap of a depthwise convolution reads, times dy."""
+    window, halo, by_tap = problem.window, _halo(problem, rows), dw.view(len(dw), -1)
+    axes = list(zip(window.dilation, problem.pooled, window.stride, strict=True))
+    for tap, steps in enumerate(itertools.product(*map(range, window.kernel))):
+        x, y, z = (
+            slice(step * far, step * far + (size - 1) * stride + 1, stride)
+            for step, (far, size, stride) in zip(steps, axes, strict=True)
+        )
+        by_tap[:, tap] += (halo[:, x, y, z] * dy).flatten(0, 3).sum(0)
 
 
 def three(sizes: Sequence[int]) -> Three:
@@ -140,49 +172,68 @@ def _taps_of(kind: int, window: Window, axis: int) -> list[int]:
 
 def _mirrored(problem: Problem, weight: Tensor) -> Tensor:
     """Return the sum over taps in reverse order, from outputs to inputs; the stride is 1."""
-    if not problem.is_gathered:
-        grouped = weight.unflatten(0, (problem.groups, -1)).transpose(1, 2).flatten(0, 1)
-        return _convolve(problem, _channels_last(grouped.flip(2, 3, 4), problem), None)
-    taps = weight.to(problem.wide).flatten(2).flatten(0, 1).mT.contiguous()  # [taps, C_out * C_in]
-    return _multiply(problem, taps.view(-1, weight.shape[1]), None, mirrored=True)
+    if problem.is_gathered:
+        return _multiply(problem, weight.transpose(0, 1), None, mirrored=True)
+    grouped = weight.unflatten(0, (problem.groups, -1)).transpose(1, 2).flatten(0, 1)
+    return _convolve(problem, _channels_last(grouped.flip(2, 3, 4), problem), None)
 
 
 def _convolve(problem: Problem, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return y by torch's convolution of patches with their halo."""
     y = problem.x.new_empty((len(problem.x), *problem.pooled, weight.shape[0]))
     window = problem.window
-    for rows in _chunks(problem):
-        out = conv3d(
-            _halo(problem, rows), weight, bias, window.stride, 0, window.dilation, problem.groups
-        )
-        y[rows] = out.permute(0, 2, 3, 4, 1)
+    for rows in _chunks(problem, weight.shape[0]):
+        y[rows] = conv3d(
+            _halo(problem, rows).permute(0, 4, 1, 2, 3), weight, bias, window.stride, 0,
+            window.dilation, problem.groups,
+        ).permute(0, 2, 3, 4, 1)  # fmt: skip
     return y
 
 
 def _multiply(
     problem: Problem, weight: Tensor, bias: Tensor | None, mirrored: bool = False
 ) -> Tensor:
-    """Return y as a product of all that a site reads with [taps * C_in, C_out]."""
-    y = problem.x.new_empty((len(problem.x), *problem.pooled, weight.shape[1]))
-    for rows in _chunks(problem):
-        read = _gathered(problem, rows, mirrored)
-        out = read @ weight if bias is None else torch.addmm(bias, read, weight)
-        y[rows] = out.view(y[rows].shape)
-    return y
+    """Return y as products of all that a site reads with a weight [OUT, IN, kx, ky, kz]."""
+    x, outer = problem.x, weight.shape[0]
+    parts = _parts(problem, weight.shape)
+    kept = x.dtype if len(parts) == 1 else problem.wide  # rounded once
+    y = torch.zeros((len(x), *problem.pooled, outer), dtype=kept, device=x.device)
+    if bias is not None:
+        y += bias
+    for channels in parts:
+        taps = weight[:, channels].to(problem.wide).flatten(2)
+        taps = taps.transpose(1, 2).flatten(1).mT  # [taps * IN, OUT]
+        part = problem._replace(x=x[..., channels].contiguous())
+        for rows in _chunks(part, outer):
+            sums, read = y[rows].view(-1, outer), _gathered(part, rows, mirrored)
+            if kept == problem.wide:
+                sums.addmm_(read, taps)
+            else:
+                sums += read @ taps
+            del read
+    return y.to(x.dtype)
+
+
+def _parts(problem: Problem, shape: torch.Size) -> list[slice]:
+    """Cut the input's channels so that their weights, of all of `shape`, fit the workspace."""
+    each = 4 * max(1, problem.window.taps * shape[0])
+    step = max(LEAST_CHANNELS, WORKSPACE // 4 // each // 8 * 8)
+    return [slice(first, min(first + step, shape[1])) for first in range(0, shape[1], step)]
 
 
 def _channels_last(weight: Tensor, problem: Problem) -> Tensor:
     return weight.to(problem.wide).contiguous(memory_format=torch.channels_last_3d)
 
 
-def _chunks(problem: Problem) -> list[slice]:
-    """Cut the patches into chunks whose reads fit the workspace."""
+def _chunks(problem: Problem, outer: int) -> list[slice]:
+    """Cut the patches into chunks whose reads, and sums of `outer` channels, fit the workspace."""
+    (count, *_, channels), sites = problem.x.shape, math.prod(problem.pooled)
     if problem.is_gathered:
-        places = math.prod(problem.pooled) * problem.window.taps
-    else:
+        places, most = sites * problem.window.taps, WORKSPACE // 2
+    else:  # where patches are few, less than all their halos
         places = math.prod(sum(side) for side in problem.sides)
-    count, channels = problem.x.shape[0], problem.x.shape[4]
-    step = max(1, WORKSPACE // (4 * places * channels))
+        most = min(WORKSPACE, max(WORKSPACE // 4, 16 * problem.x.numel()))
+    step = max(1, most // (4 * max(places * channels, sites * outer)))
     return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
 
@@ -204,14 +255,14 @@ def _gathered(problem: Problem, rows: slice, mirrored: bool = False) -> Tensor:
 
 
 def _halo(problem: Problem, rows: slice) -> Tensor:
-    """Return patches with their halo, [n, C, px + halo, ...], 0 where nothing is active."""
+    """Return patches with their halo, [n, px + halo, ..., C], 0 where nothing is active."""
     index = _sources(problem, rows)
-    return _read(problem, index.flatten()).view(*index.shape, -1).permute(0, 4, 1, 2, 3)
+    return _read(problem, index.flatten()).view(*index.shape, -1)
 
 
 def _read(problem: Problem, index: Tensor) -> Tensor:
     missing = (index < 0).nonzero()[:, 0]
-    read = problem.x.flatten(0, 3).index_select(0, index.clamp_min(0)).to(problem.wide)
+    read = problem.x.flatten(0, 3).index_select(0, index.clamp_min_(0)).to(problem.wide)
     return read.index_fill_(0, missing, 0)  # not a product with 0: what lies there may be NaN
 
 
