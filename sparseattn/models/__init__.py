@@ -6,6 +6,7 @@ except ImportError as error:
     raise ImportError('models need huggingface_hub; pip install "sparseattn[train]"') from error
 
 from sparseattn.models.adaptor import Adaptor, AdaptorConfig, AdaptorOutput
+from sparseattn.models.adaptor_classifier import AdaptorClassifier, AdaptorClassifierOutput
 from sparseattn.models.hyspark import (
     HySparK,
     HySparKConfig,
@@ -40,6 +41,8 @@ from sparseattn.models.views import two_views
 __all__ = [
     "MIRAM",
     "Adaptor",
+    "AdaptorClassifier",
+    "AdaptorClassifierOutput",
     "AdaptorConfig",
     "AdaptorOutput",
     "HySparK",

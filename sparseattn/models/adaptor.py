@@ -20,6 +20,7 @@ from sparseattn.structures.block_mask import BlockMask
 
 _OP = "Adaptor"
 _BLOCK = (16, 16)  # queries are few, and texts are short
+_SIZES = ("image_width", "text_width", "dim", "heads", "depth")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class AdaptorConfig:
                                  fused score of all B x B pairs. "own": a sample reads its own
                                  partner before pooling; it leaks, and is here to show that
     temperature                  at the start; it is learned
+    classes                      of ``AdaptorClassifier``
     """
 
     image_name: str = "pixels"
@@ -50,9 +52,10 @@ class AdaptorConfig:
     project: int = 256
     fusion: Literal["late", "pairs", "own"] = "late"
     temperature: float = 0.07
+    classes: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("image_width", "text_width", "dim", "heads", "depth", "queries", "project"):
+        for name in (*_SIZES, "queries", "project", "classes"):
             checks.require_int(_OP, name, getattr(self, name), low=1)
         if self.dim % self.heads:
             raise ValueError(
@@ -77,8 +80,63 @@ class AdaptorOutput(NamedTuple):
     text_vectors: Tensor
 
 
+class FrozenEncoders(nn.Module):
+    """Learned queries that read what frozen encoders see: modules whose name ends in _encoder."""
+
+    config: AdaptorConfig
+    image_encoder: nn.Module
+    blocks: nn.ModuleList
+
+    def frozen_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the encoders."""
+        return [p for encoder in self._encoders() for p in encoder.parameters()]
+
+    def trainable_share(self) -> float:
+        """Return the parameters that learn, as a share of all."""
+        learn = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return learn / sum(p.numel() for p in self.parameters())
+
+    def train(self, mode: bool = True) -> "FrozenEncoders":
+        """Set the mode of what learns; the encoders stay in eval."""
+        super().train(mode)
+        for encoder in self._encoders():
+            encoder.eval()
+        return self
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Return the frozen features [B, N, image_width] of images [B, C, H, W]."""
+        return self._checked(encoders.image_features(self.image_encoder, images), "image_width")
+
+    def _image_features(self, images: Tensor | None, features: Tensor | None) -> Tensor:
+        """Return the features as given, or those of the images."""
+        if features is not None:
+            return features
+        if images is None:
+            raise TypeError(f"{_OP}: images and image_features are None; expected one of them")
+        return self.encode_images(images)
+
+    def _read(self, queries: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        state = queries.expand(len(tokens), -1, -1)
+        for block in self.blocks:
+            state = block(state, tokens, mask)
+        return state
+
+    def _encoders(self) -> list[nn.Module]:
+        return [module for name, module in self.named_children() if name.endswith("_encoder")]
+
+    def _checked(self, features: Tensor, name: str) -> Tensor:
+        width = getattr(self.config, name)
+        if features.shape[-1] != width:
+            raise ValueError(
+                f"{_OP}: {name} is {width}; expected that of the encoder, "
+                f"{features.shape[-1]} (from features of shape {list(features.shape)})"
+            )
+        return features
+
+
 class Adaptor(
-    nn.Module,
+    FrozenEncoders,
     PyTorchModelHubMixin,
     library_name="sparseattn",
     tags=["sparse-attention", "vision-language"],
@@ -110,7 +168,8 @@ class Adaptor(
 
     Choices. The paper's method could be read in summaries only, so these are ours, and options of
     ``AdaptorConfig``: the widths and depth, learned queries in place of one pooled token, blocks
-    shared by both modalities, unimodal pooling (fusion), temperature. Negatives are those of one
+    shared by both modalities, unimodal pooling (fusion), temperature. Fine-tuning:
+    ``AdaptorClassifier``. Negatives are those of one
     process's batch.
 
     Args:
@@ -137,37 +196,16 @@ class Adaptor(
         for parameter in self.frozen_parameters():
             parameter.requires_grad_(False)
         dim = config.dim
-        self.image_project = nn.Sequential(nn.Linear(config.image_width, dim), nn.LayerNorm(dim))
-        self.text_project = nn.Sequential(nn.Linear(config.text_width, dim), nn.LayerNorm(dim))
-        self.image_queries = nn.Parameter(torch.randn(config.queries, dim) * 0.02)
-        self.text_queries = nn.Parameter(torch.randn(config.queries, dim) * 0.02)
-        self.blocks = nn.ModuleList(_CrossBlock(config) for _ in range(config.depth))
-        self.fuse = None if config.fusion == "late" else _CrossBlock(config)
+        self.image_project = projection(config.image_width, dim)
+        self.text_project = projection(config.text_width, dim)
+        self.image_queries = new_queries(config)
+        self.text_queries = new_queries(config)
+        self.blocks = nn.ModuleList(CrossBlock(config) for _ in range(config.depth))
+        self.fuse = None if config.fusion == "late" else CrossBlock(config)
         self.pair_score = nn.Linear(dim, 1) if config.fusion == "pairs" else None
         self.image_head = nn.Linear(dim, config.project)
         self.text_head = nn.Linear(dim, config.project)
         self.log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
-
-    def frozen_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of both encoders."""
-        return [*self.image_encoder.parameters(), *self.text_encoder.parameters()]
-
-    def trainable_share(self) -> float:
-        """Return the parameters that learn, as a share of all."""
-        learn = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        return learn / sum(p.numel() for p in self.parameters())
-
-    def train(self, mode: bool = True) -> "Adaptor":
-        """Set the mode of the adaptor; the encoders stay in eval."""
-        super().train(mode)
-        self.image_encoder.eval()
-        self.text_encoder.eval()
-        return self
-
-    @torch.no_grad()
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Return the frozen features [B, N, image_width] of images [B, C, H, W]."""
-        return self._checked(encoders.image_features(self.image_encoder, images), "image_width")
 
     @torch.no_grad()
     def encode_texts(self, words: Tensor, word_mask: Tensor) -> Tensor:
@@ -195,10 +233,7 @@ class Adaptor(
         if word_mask is None or word_mask.dtype != torch.bool:
             what = "None" if word_mask is None else str(word_mask.dtype)
             raise TypeError(f"{_OP}: word_mask is {what}; expected bool [B, N]")
-        if image_features is None:
-            if images is None:
-                raise TypeError(f"{_OP}: images and image_features are None; expected one of them")
-            image_features = self.encode_images(images)
+        image_features = self._image_features(images, image_features)
         if text_features is None:
             if words is None:
                 raise TypeError(f"{_OP}: words and text_features are None; expected one of them")
@@ -220,12 +255,6 @@ class Adaptor(
         loss = F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)
         return AdaptorOutput(loss / 2, similarity, image_vectors, text_vectors)
 
-    def _read(self, queries: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        state = queries.expand(len(tokens), -1, -1)
-        for block in self.blocks:
-            state = block(state, tokens, mask)
-        return state
-
     def _fused(
         self, image: Tensor, text: Tensor, seen: Tensor, read: Tensor, mask: Tensor
     ) -> Tensor:
@@ -243,17 +272,18 @@ class Adaptor(
 
         return all_with_each(image, read, mask).T + all_with_each(text, seen, None)
 
-    def _checked(self, features: Tensor, name: str) -> Tensor:
-        width = getattr(self.config, name)
-        if features.shape[-1] != width:
-            raise ValueError(
-                f"{_OP}: {name} is {width}; expected that of the encoder, "
-                f"{features.shape[-1]} (from features of shape {list(features.shape)})"
-            )
-        return features
+
+def projection(width: int, dim: int) -> nn.Module:
+    """Return the map from an encoder's features to the width of the adaptor."""
+    return nn.Sequential(nn.Linear(width, dim), nn.LayerNorm(dim))
 
 
-class _CrossBlock(nn.Module):
+def new_queries(config: AdaptorConfig) -> nn.Parameter:
+    """Return the learned queries [queries, dim] of one modality."""
+    return nn.Parameter(torch.randn(config.queries, config.dim) * 0.02)
+
+
+class CrossBlock(nn.Module):
     """Pre-norm cross-attention and MLP: queries [B, M, dim] read tokens [B, N, dim]."""
 
     def __init__(self, config: AdaptorConfig) -> None:

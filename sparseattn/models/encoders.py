@@ -19,9 +19,7 @@ def image_encoder(name: str) -> nn.Module:
     if name == "pixels":
         return _fixed(RandomPixels)
     if kind in ("timm", "timm-random"):
-        import timm
-
-        made: nn.Module = timm.create_model(rest, pretrained=kind == "timm", num_classes=0)
+        made: nn.Module = import_timm().create_model(rest, pretrained=kind == "timm", num_classes=0)
         return made
     if kind == "hf":
         return _from_hugging_face(rest)
@@ -101,6 +99,24 @@ def _tensor_of(output: Any) -> Tensor:
             "as a tensor or as last_hidden_state"
         )
     return found
+
+
+def import_timm() -> Any:
+    """Return the package timm, whose import may fail with that of torchvision.
+
+    Raises:
+        ImportError: it is not installed, or needs another torchvision; the message says which.
+    """
+    try:
+        import timm.models.vision_transformer  # timm alone does not import its models
+    except ImportError as error:
+        raise ImportError(f"this model needs timm: {error}; pip install timm") from error
+    except RuntimeError as error:  # operators of a torchvision that is of another torch
+        raise ImportError(
+            f"timm cannot be imported: {error}; expected the torchvision that belongs to torch "
+            f"{torch.__version__}, from the same package index"
+        ) from error
+    return timm
 
 
 def _fixed(kind: type[nn.Module]) -> nn.Module:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparseattn import checks
+from sparseattn.models.encoders import import_timm
 from sparseattn.models.transformer import sincos_positions, take
 from sparseattn.ops.saliency_attention import saliency_attention
 from sparseattn.ops.token_selection import keep_capacity, select_tokens
@@ -65,14 +66,10 @@ def make_backbone(config: SparseContrastConfig) -> SparseViT | PooledConvNet:
     """Return a backbone with new weights.
 
     Raises:
-        ImportError: timm is not installed.
+        ImportError: timm cannot be imported.
         ValueError: the backbone is not one that can be trimmed.
     """
-    try:
-        import timm
-        from timm.models.vision_transformer import Block, VisionTransformer
-    except ImportError as error:
-        raise ImportError(f"{_OP} needs timm; pip install timm") from error
+    timm = import_timm()
     given: dict[str, Any] = {"in_chans": config.channels, "num_classes": 0, "pretrained": False}
     if not config.backbone.startswith(("vit_", "deit")):
         return PooledConvNet(timm.create_model(config.backbone, **given), config)
@@ -81,7 +78,8 @@ def make_backbone(config: SparseContrastConfig) -> SparseViT | PooledConvNet:
     given |= {"img_size": config.image_size}
     given |= {"global_pool": "avg" if config.pool == "mean" else "token"}
     vit = timm.create_model(config.backbone, **given)
-    plain = type(vit) is VisionTransformer and all(type(block) is Block for block in vit.blocks)
+    kinds = timm.models.vision_transformer
+    plain = type(vit) is kinds.VisionTransformer and all(type(b) is kinds.Block for b in vit.blocks)
     if not plain or vit.attn_pool is not None:
         raise ValueError(
             f"{_OP}: backbone is {config.backbone!r}; expected a plain ViT of timm, or a "

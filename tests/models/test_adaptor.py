@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparseattn.models import Adaptor, AdaptorConfig
+from sparseattn.models import Adaptor, AdaptorClassifier, AdaptorConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+NEEDED = 'needs pip install "sparseattn[test]"'
 SMALL = AdaptorConfig(dim=32, heads=2, depth=1, queries=2, project=16)
 
 
@@ -27,8 +28,8 @@ def batch(size: int = 6, length: int = 20) -> dict[str, Tensor]:
 
 
 def timm_and_hugging_face() -> Adaptor:
-    timm = pytest.importorskip("timm")
-    transformers = pytest.importorskip("transformers")
+    timm = pytest.importorskip("timm", reason=NEEDED)
+    transformers = pytest.importorskip("transformers", reason=NEEDED)
     image = timm.create_model("resnet10t", num_classes=0)
     config = transformers.BertConfig(
         vocab_size=4096, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -99,7 +100,7 @@ def test_features_computed_once_give_the_same() -> None:
 
 
 def test_maps_and_tokens_of_vision_transformers() -> None:
-    timm = pytest.importorskip("timm")
+    timm = pytest.importorskip("timm", reason=NEEDED)
     for name, size, tokens in (
         ("vit_tiny_patch16_224", 32, 5),
         ("swin_tiny_patch4_window7_224", 224, 49),
@@ -112,8 +113,8 @@ def test_maps_and_tokens_of_vision_transformers() -> None:
 
 @pytest.mark.parametrize(("changes", "most"), [({}, 0.10), ({"fusion": "pairs"}, 0.10)])
 def test_less_than_a_tenth_learns_beside_resnet50_and_bert(changes: dict, most: float) -> None:
-    timm = pytest.importorskip("timm")
-    transformers = pytest.importorskip("transformers")
+    timm = pytest.importorskip("timm", reason=NEEDED)
+    transformers = pytest.importorskip("transformers", reason=NEEDED)
     with torch.device("meta"):
         image = timm.create_model("resnet50", num_classes=0)
         text = transformers.BertModel(transformers.BertConfig())
@@ -165,6 +166,39 @@ def test_saves_and_loads(tmp_path) -> None:
     given = batch()
     assert loaded.config == model.config
     assert torch.equal(loaded(**given).similarity, model(**given).similarity)
+
+
+def test_the_classifier_reads_what_the_adaptor_reads(tmp_path) -> None:
+    """Its encoder keeps its bits, BatchNorm's statistics too; the rest learns."""
+    timm = pytest.importorskip("timm", reason=NEEDED)
+    image = timm.create_model("resnet10t", num_classes=0)
+    config = dataclasses.replace(SMALL, image_width=image.num_features, classes=3)
+    model = Adaptor(config, image)
+    images, labels = torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 1])
+    classifier = AdaptorClassifier.from_adaptor(model).train()
+    seen = model.encode_images(images)
+    read = model._read(model.image_queries, model.image_project(seen), None).mean(1)
+    output = classifier(images, labels)
+    torch.testing.assert_close(output.logits, classifier.head(read))
+    assert torch.equal(classifier(image_features=seen).logits, output.logits)
+    entropy = -output.logits.log_softmax(1)[range(4), labels].mean()
+    torch.testing.assert_close(output.loss, entropy)
+    before = {name: value.clone() for name, value in classifier.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in classifier.parameters() if p.requires_grad], lr=1e-2)
+    output.loss.backward()
+    optimizer.step()
+    for name, value in classifier.state_dict().items():
+        frozen, flat = name.startswith("image_encoder."), name.endswith("project.0.bias")
+        assert frozen == torch.equal(value, before[name]) or flat, name
+    assert not torch.equal(classifier.image_queries, model.image_queries)  # a copy
+    assert classifier.trainable_share() < 0.1
+    small = AdaptorClassifier(dataclasses.replace(SMALL, classes=3))
+    small.save_pretrained(tmp_path)
+    loaded = AdaptorClassifier.from_pretrained(str(tmp_path))
+    images = torch.rand(2, 1, 8, 8)
+    assert torch.equal(loaded(images).logits, small(images).logits)
+    with pytest.raises(TypeError, match="images and image_features are None"):
+        small()
 
 
 class Odd(nn.Module):
