@@ -63,7 +63,12 @@ def mimic_cxr(
         if not pictures:
             problems.add(place, "missing file", f"there is no picture in {home}")
         report = home.with_suffix(".txt")
-        text = report.read_text(encoding="utf-8") if report.is_file() else ""
+        text = ""
+        if report.is_file():
+            try:
+                text = report.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                problems.add(report, "malformed file", f"it is not text: {error}")
         if labels is not None:
             records += [Record(path, labels, subject, text=text) for path in pictures]
     return records

@@ -47,8 +47,8 @@ def load_radiograph(path: str | Path | None = None) -> Radiograph:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not DICOM, is truncated, has no picture, has colour or several
-            frames, or is compressed in a way that no installed decoder reads.
+        ValueError: the file is not DICOM, is truncated or damaged, has no picture, has colour or
+            several frames, or is compressed in a way that no installed decoder reads.
         ImportError: pydicom is not installed.
     """
     pydicom = _import_pydicom()
@@ -56,11 +56,22 @@ def load_radiograph(path: str | Path | None = None) -> Radiograph:
     if not path.is_file():
         raise FileNotFoundError(f"load_radiograph: there is no file {path}")
     try:
-        dataset = pydicom.dcmread(path)
+        return _read(pydicom.dcmread(path), path)
     except pydicom.errors.InvalidDicomError as error:
         raise ValueError(f"load_radiograph: {path} is not a DICOM file") from error
     except EOFError as error:
         raise ValueError(f"load_radiograph: {path} is truncated: {error}") from error
+    except (_Refused, OSError):
+        raise
+    except Exception as error:  # values are parsed when they are asked for, and may be anything
+        raise ValueError(f"load_radiograph: {path} is damaged: {error}") from error
+
+
+class _Refused(ValueError):
+    """A file that is whole, and not what is read here."""
+
+
+def _read(dataset: Any, path: Path) -> Radiograph:
     photometric = _check_grey_frame(dataset, path)
     pixels = torch.from_numpy(_display_values(dataset, path))
     low, high = pixels.aminmax()
@@ -127,16 +138,16 @@ def _import_pydicom() -> ModuleType:
 def _check_grey_frame(dataset: Any, path: Path) -> str:
     """Refuse what is not one grey frame; return the photometric interpretation."""
     if "PixelData" not in dataset:
-        raise ValueError(f"load_radiograph: {path} holds no picture; expected PixelData")
+        raise _Refused(f"load_radiograph: {path} holds no picture; expected PixelData")
     photometric = str(dataset.get("PhotometricInterpretation", "missing"))
     if photometric not in _GREY:
-        raise ValueError(
+        raise _Refused(
             f"load_radiograph: {path} has photometric interpretation {photometric}; "
             f"expected {' or '.join(_GREY)}"
         )
     frames = int(dataset.get("NumberOfFrames", 1) or 1)
     if frames != 1:
-        raise ValueError(f"load_radiograph: {path} has {frames} frames; expected 1")
+        raise _Refused(f"load_radiograph: {path} has {frames} frames; expected 1")
     return photometric
 
 
@@ -148,10 +159,8 @@ def _display_values(dataset: Any, path: Path) -> Any:
         stored = dataset.pixel_array
     except (RuntimeError, NotImplementedError) as error:
         syntax = dataset.file_meta.TransferSyntaxUID.name
-        raise ValueError(
+        raise _Refused(
             f"load_radiograph: {path} is stored as {syntax}, which no installed decoder reads; "
             "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
         ) from error
-    except (ValueError, EOFError, AttributeError) as error:
-        raise ValueError(f"load_radiograph: {path} is truncated or damaged: {error}") from error
     return apply_voi_lut(apply_modality_lut(stored, dataset), dataset).astype("float32")

@@ -56,10 +56,12 @@ def _load_picture(path: Path, expected: str) -> Tensor:
             pixels = np.asarray(picture.convert(mode)).astype("float32") / 255
     except UnidentifiedImageError as error:
         raise DataError(f"{path}: unreadable file: it is no picture") from error
+    except DataError:
+        raise
     except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{path}: truncated file: {error}") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path}: unreadable file: {error}") from error
     tensor = torch.from_numpy(pixels)
     return tensor[None] if tensor.dim() == 2 else tensor.permute(2, 0, 1)
 
@@ -109,11 +111,13 @@ def load_volume(path: Path) -> Volume:
             )
         image = nibabel.as_closest_canonical(image)
         voxels = torch.from_numpy(image.get_fdata(dtype="float32"))
+    except DataError:
+        raise
     except (ImageFileError, HeaderDataError) as error:
         raise DataError(f"{path}: unreadable file: it is no NIfTI file: {error}") from error
     except (OSError, EOFError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{path}: truncated file: {error}") from error
+    except Exception as error:  # a damaged header or stream may end in any error
+        raise DataError(f"{path}: unreadable file: it is damaged: {error}") from error
     spacing = tuple(float(step) for step in image.header.get_zooms()[:3])
     return Volume(voxels, spacing)  # type: ignore[arg-type]

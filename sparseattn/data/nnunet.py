@@ -30,10 +30,13 @@ def nnunet(folder: Path, problems: Problems, part: str = "Tr") -> list[VolumeCas
     """
     description = _description(folder / "dataset.json")
     names = description.get("channel_names", description.get("modality"))
-    if not isinstance(names, dict) or not names:
-        raise DataError(f"{folder / 'dataset.json'}: it has no channel_names and no modality")
+    if not isinstance(names, dict) or not names or set(names) != set(map(str, range(len(names)))):
+        raise DataError(
+            f"{folder / 'dataset.json'}: malformed file: its channel_names or modality is {names}; "
+            'expected a name for each of "0", "1", ...'
+        )
     ending = str(description.get("file_ending", ".nii.gz"))
-    channels = sorted(int(number) for number in names)
+    channels = list(range(len(names)))
     images, labels = folder / f"images{part}", folder / f"labels{part}"
     if not images.is_dir():
         raise DataError(f"{images}: missing folder: there is no such folder")
@@ -61,6 +64,29 @@ def nnunet(folder: Path, problems: Problems, part: str = "Tr") -> list[VolumeCas
         ordered = tuple(files[channel] for channel in channels)
         cases.append(VolumeCase(name, ordered, label if label.is_file() else None))
     return cases
+
+
+def label_names(folder: Path) -> tuple[str, ...]:
+    """Return the names of the labels 0, 1, ... of dataset.json, of either version.
+
+    Raises:
+        DataError: it names none, or regions, an ignore label or numbers that are not 0, 1, ...
+    """
+    path = folder / "dataset.json"
+    found = _description(path).get("labels")
+    if not isinstance(found, dict) or not found:
+        raise DataError(f"{path}: malformed file: it has no labels")
+    pairs = found.items()
+    if all(isinstance(name, str) for name in found.values()):  # version 1: number to name
+        pairs = {name: number for number, name in found.items()}.items()
+    numbered = {str(number): name for name, number in pairs}
+    names = [numbered.get(str(number)) for number in range(len(found))]
+    if None in names or "ignore" in names:
+        raise DataError(
+            f"{path}: malformed file: its labels are {found}; expected a name for each of "
+            "0, 1, ..., without regions and without an ignore label"
+        )
+    return tuple(map(str, names))
 
 
 def _description(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -78,7 +79,7 @@ def read_table(
                     )
                     continue
                 yield place, dict(zip(head, (cell.strip() for cell in row), strict=True))
-    except (UnicodeDecodeError, csv.Error, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, csv.Error, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{path}: malformed table: it is not CSV text: {error}") from error
 
 

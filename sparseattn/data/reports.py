@@ -3,6 +3,7 @@
 import re
 import tarfile
 import xml.etree.ElementTree as ElementTree
+import zlib
 from pathlib import Path
 
 from sparseattn.data.problems import DataError, Problems
@@ -42,7 +43,7 @@ def xml_reports(archive: Path, problems: Problems) -> list[dict[str, str]]:
                 report = _xml_report(stream.read(), f"{archive}:{member.name}", problems)
                 if report is not None:
                     reports.append(report)
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise DataError(f"{archive}: truncated file: {error}") from error
     return reports
 

@@ -1,11 +1,13 @@
 """Small real data out of installed packages: nothing is downloaded, nothing is copied here."""
 
+import functools
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparseattn.data.images import Volume, load_image, load_volume
@@ -130,23 +132,35 @@ def brain() -> dict[str, Volume]:
     }
 
 
-def brain_blocks(seed: int = 0, side: int = 32) -> Split:
-    """Blocks of the MNI average brain, `side` voxels of 1 mm wide, without labels.
+def brain_blocks(seed: int = 0, side: int = 32, labelled: bool = False) -> Split:
+    """Blocks of the MNI average brain, `side` voxels of 2 mm wide; labelled: with their tissue.
 
-    Blocks do not overlap; those with less than a tenth of brain are left out. One half of the brain
-    is for training and the other for testing. As it is one average of many brains, the halves are
-    nearly mirror images: results say nothing about other brains. `seed` is not used.
+    Labels int [side, side, side] are 1 where the map of grey matter is above one half, 2 where
+    that of white matter is, and 0 elsewhere. Blocks with less than a tenth of brain are left out.
+    One half of the brain is for training, in blocks that begin at every side / 4 voxels, and the
+    other, mirrored, for testing, at every side / 2. It is one average of many brains, so the
+    halves are nearly the same: results say nothing about other brains. `seed` is not used.
     """
-    whole = brain()["t1"].voxels / 255
-    middle = whole.shape[0] // 2
+    found = {name: volume.voxels / 255 for name, volume in brain().items()}
+    width = found["t1"].shape[0] // 2
+
+    def blocks(half: Tensor, step: int) -> Tensor:
+        coarse = F.avg_pool3d(half[None], 2)[0]
+        for axis in range(3):
+            coarse = coarse.unfold(axis, side, step)
+        return coarse.reshape(-1, side, side, side)
+
     parts = []
-    for half in (whole[:middle], whole[middle:]):
-        blocks = half.unfold(0, side, side).unfold(1, side, side).unfold(2, side, side)
-        blocks = blocks.reshape(-1, 1, side, side, side)
-        parts.append(blocks[(blocks > 0).float().mean((1, 2, 3, 4)) >= 0.1])
-    train, test = (Examples(images=part) for part in parts)
+    for is_test, step in ((False, side // 4), (True, side // 2)):
+        halves = {n: x[-width:].flip(0) if is_test else x[:width] for n, x in found.items()}
+        cut = {name: blocks(half, max(1, step)) for name, half in halves.items()}
+        full = (cut["t1"] > 0).float().mean((1, 2, 3)) >= 0.1
+        tissue = (cut["grey"] > 0.5).long().masked_fill(cut["white"] > 0.5, 2)
+        labels = {"labels": tissue[full]} if labelled else {}
+        parts.append(Examples(images=cut["t1"][full][:, None], **labels))
     about = f"blocks of {side}^3 voxels of nilearn's MNI brain, one half of it to train"
-    return Split(train, test, about)
+    classes = ("other", "grey matter", "white matter") if labelled else ()
+    return Split(parts[0], parts[1], about, classes)
 
 
 def _crops(picture: Tensor, mask: Tensor, generator: torch.Generator) -> Examples:
@@ -195,4 +209,7 @@ SAMPLES: dict[str, Callable[[int], Split]] = {"digits": digits, "nuclei": nuclei
 UNLABELLED: dict[str, Callable[[int], Split]] = {
     "radiographs": radiographs,
     "brain": brain_blocks,
+}
+SEGMENTED: dict[str, Callable[[int], Split]] = {  # with a label a voxel
+    "brain": functools.partial(brain_blocks, labelled=True)
 }

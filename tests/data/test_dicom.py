@@ -9,7 +9,7 @@ import torch
 
 from sparseattn.data import load_radiograph, sample_radiograph_path, to_square
 
-pydicom = pytest.importorskip("pydicom")
+pydicom = pytest.importorskip("pydicom", reason='needs pip install "sparseattn[test]"')
 
 Writer = Callable[..., Path]
 

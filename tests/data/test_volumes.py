@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparseattn.data.images import load_volume
+from sparseattn.data import volumes
+from sparseattn.data.images import Volume, load_volume
 from sparseattn.data.nnunet import nnunet
 from sparseattn.data.problems import DataError, Problems
 from sparseattn.data.reports import sample_reports, sections, xml_reports
@@ -88,12 +89,20 @@ def test_nnunet(tmp_path: Path, version: int) -> None:
         nnunet(tmp_path, problems)
 
 
-def nnunet_folder(folder: Path, **cases: np.ndarray) -> Path:
+LABELS = {"background": 0, "liver": 1, "tumour": 2}
+
+
+def nnunet_folder(
+    folder: Path, labels: dict[str, np.ndarray] | None = None, **cases: np.ndarray
+) -> Path:
     """Write volumes of one channel, voxels of 2 x 3 x 4 mm."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}}))
-    for name, values in cases.items():
-        path = folder / "imagesTr" / f"{name}_0000.nii.gz"
+    description = {"channel_names": {"0": "CT"}, "labels": LABELS}
+    (folder / "dataset.json").write_text(json.dumps(description))
+    files = {f"imagesTr/{name}_0000.nii.gz": values for name, values in cases.items()}
+    files |= {f"labelsTr/{name}.nii.gz": values for name, values in (labels or {}).items()}
+    for name, values in files.items():
+        path = folder / name
         path.parent.mkdir(exist_ok=True)
         nibabel.save(nibabel.Nifti1Image(values, np.diag([2.0, 3.0, 4.0, 1.0])), path)
     return folder
@@ -144,17 +153,96 @@ def test_bad_nnunet_volumes_are_named(tmp_path: Path) -> None:
         nnunet_blocks(str(folder / "nothing"))
 
 
+def test_labels_of_nnunet_volumes(tmp_path: Path) -> None:
+    """They are cut, padded and resampled with their volume; a label a voxel."""
+    rng = np.random.default_rng(0)
+    labels = {name: rng.integers(0, 3, (12, 8, 10), dtype=np.uint8) for name in "ab"}
+    images = {name: values.astype(np.float32) / 2 for name, values in labels.items()}
+    folder = nnunet_folder(tmp_path, labels, **images)
+    split = nnunet_blocks(str(folder), size=8, labelled=True, window="0,1")
+    assert split.classes == ("background", "liver", "tumour")
+    for part in (split.train, split.test):
+        for example in (part[i] for i in range(len(part))):
+            assert example["labels"].shape == (8, 8, 8) and example["labels"].dtype == torch.int64
+            assert torch.equal(2 * example["images"][0], example["labels"].float())
+    half = nnunet_blocks(str(folder), size=8, labelled=True, spacing=4.0)  # 6 x 6 x 10 voxels
+    assert {tuple(half.train[i]["labels"].shape) for i in range(len(half.train))} == {(8, 8, 8)}
+    old = {"modality": {"0": "CT"}, "labels": {"0": "background", "1": "liver", "2": "tumour"}}
+    (folder / "dataset.json").write_text(json.dumps(old))
+    assert nnunet_blocks(str(folder), size=8, labelled=True).classes == split.classes
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        ({}, r"a_0000\.nii\.gz: missing file: there are no labels"),
+        ({"a": np.ones((8, 8, 4))}, r"labelsTr.a\.nii\.gz: mislabelled file: it has shape"),
+        ({"a": np.full((8, 8, 8), 3.0)}, "it holds 3.0 to 3.0; expected whole numbers from 0 to 2"),
+        ({"a": np.full((8, 8, 8), 0.5)}, "it holds 0.5 to 0.5; expected whole numbers"),
+        ({"a": np.full((8, 8, 8), np.nan)}, "expected whole numbers from 0 to 2"),
+    ],
+)
+def test_bad_labels_are_named(labels: dict, says: str, tmp_path: Path) -> None:
+    block = np.ones((8, 8, 8), dtype=np.float32)
+    folder = nnunet_folder(tmp_path, {**labels, "b": block} if labels else {}, a=block, b=block)
+    with pytest.raises(DataError, match=says):
+        nnunet_blocks(str(folder), size=8, labelled=True)
+
+
+@pytest.mark.parametrize(
+    "labels", [None, {}, [1], {"a": 0, "b": 2}, {"a": 0, "b": [1, 2]}, {"a": 0, "ignore": 1}]
+)
+def test_names_of_labels_that_cannot_be_used_are_refused(labels: object, tmp_path: Path) -> None:
+    block = np.ones((8, 8, 8), dtype=np.float32)
+    folder = nnunet_folder(tmp_path, a=block, b=block)
+    description = {"channel_names": {"0": "CT"}, "labels": labels}
+    (folder / "dataset.json").write_text(json.dumps(description))
+    with pytest.raises(DataError, match=r"dataset\.json: malformed file: its? .*labels"):
+        nnunet_blocks(str(folder), size=8, labelled=True)
+
+
+def test_volumes_are_read_once_as_far_as_memory_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.random.default_rng(0).random((2, 16, 16, 16), dtype=np.float32)
+    folder = nnunet_folder(tmp_path, a=values[0], b=values[1])
+    read: list[str] = []
+
+    def counted(path: Path) -> Volume:
+        read.append(path.name)
+        return load_volume(path)
+
+    monkeypatch.setattr(volumes, "load_volume", counted)
+    found = []
+    for cache in (1.0, 16**3 * 4 / 2**30, 0.0):  # GiB: all, one volume, none
+        split = nnunet_blocks(str(folder), size=8, cache=cache)
+        listed = len(read)
+        blocks = [part[i]["images"] for part in (split.train, split.test) for i in range(8)]
+        found.append((listed, len(read) - listed, torch.stack(blocks)))
+        read.clear()
+    assert [counts[:2] for counts in found] == [(2, 0), (2, 8), (2, 16)]
+    assert all(torch.equal(found[0][2], other[2]) for other in found[1:])
+
+
 def test_hyspark_trains_on_nnunet_volumes(tmp_path: Path) -> None:
+    """And its encoder is fine-tuned on their labels."""
     pytest.importorskip("accelerate", reason='needs pip install "sparseattn[train]"')
     from sparseattn.cli.main import main
 
     values = np.random.default_rng(0).random((3, 32, 32, 32), dtype=np.float32)
-    folder = nnunet_folder(tmp_path / "data", a=values[0], b=values[1], c=values[2])
-    words = ["train", "hyspark", "--data", str(folder), "--layout", "nnunet", "--out"]
-    words += [str(tmp_path / "run"), "--image-size", "32", "--epochs", "1", "--device", "cpu"]
-    words += ["--set", "width=2", "heads=2", "vit_depth=1", "decoder_width=16"]
-    assert main(words) == 0
-    assert (tmp_path / "run" / "report" / "three_planes.png").is_file()
+    cases = dict(zip("abc", values, strict=True))
+    labels = {name: (x > 0.5).astype(np.uint8) for name, x in cases.items()}
+    folder = nnunet_folder(tmp_path / "data", labels, **cases)
+    for model, more in (
+        ("hyspark", ["--set", "width=2", "heads=2", "vit_depth=1", "decoder_width=16"]),
+        ("hyspark-segmenter", ["--from", str(tmp_path / "hyspark")]),
+    ):
+        words = ["train", model, "--data", str(folder), "--layout", "nnunet", "--out"]
+        words += [str(tmp_path / model), "--image-size", "32", "--epochs", "1", "--device", "cpu"]
+        assert main([*words, *more]) == 0
+        assert (tmp_path / model / "report" / "three_planes.png").is_file()
+    result = json.loads((tmp_path / "hyspark-segmenter" / "evaluation.json").read_text())
+    assert 0 <= result["dice_1"] <= 1
 
 
 def test_sections_of_reports() -> None:
