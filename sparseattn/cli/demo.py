@@ -37,7 +37,7 @@ NEEDED = {
     "matplotlib": "matplotlib",
     "tqdm": "tqdm",
 }
-SAMPLES_OF = {"sklearn": "scikit-learn", "nilearn": "nilearn", "nibabel": "nibabel", "timm": "timm"}
+SAMPLES_OF = {"sklearn": "scikit-learn", "nilearn": "nilearn", "nibabel": "nibabel"}
 
 
 @dataclass(frozen=True)

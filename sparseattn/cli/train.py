@@ -35,6 +35,7 @@ HELP = {
     "image_size": "side that pictures of a folder are resized to, or that volumes are cut to",
     "spacing": "mm that voxels of volumes are resampled to; 0 leaves them",
     "window": "of volumes: LOW,HIGH becomes 0 to 1, as in --window=-175,250; default: their range",
+    "cache": "GiB of volumes that stay in memory; others are read again for each of their blocks",
     "on_error": "a bad file ends the run (raise), or is left out and listed in skipped.csv (skip)",
     "check": "read every file once before training; --no-check trusts them",
 }

@@ -1,5 +1,7 @@
 """Metrics of test examples, from MONAI where it has them."""
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,6 +19,22 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     if len(present) > 1:
         found["auroc"] = float(compute_roc_auc(logits.softmax(1)[:, present], truth))
     return found
+
+
+def dice_metrics(predicted: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
+    """Return the Dice coefficient of each class but 0 over all voxels, and `dice`, their mean.
+
+    predicted, labels: int [B, X, Y, Z]. A class that is in neither is left out.
+    """
+    from monai.metrics import compute_dice
+
+    found = {}
+    for number in range(1, classes):
+        pair = [(voxels == number).view(1, 1, -1) for voxels in (predicted, labels)]
+        if pair[0].any() or pair[1].any():
+            found[f"dice_{number}"] = float(compute_dice(*pair, ignore_empty=False))
+    mean = sum(found.values()) / len(found) if found else math.nan
+    return {"dice": mean, **found}
 
 
 def retrieval_metrics(similarity: Tensor, relevant: Tensor) -> dict[str, float]:

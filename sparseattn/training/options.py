@@ -34,7 +34,7 @@ class TrainOptions:
     target            finding of the table that is to be told, for tables with several
     uncertain         what an uncertain finding becomes: usual, zero, one or ignore
     image_size        side that pictures of a folder are resized to, or that volumes are cut to
-    spacing, window   of volumes: see `sparseattn.data.volumes`
+    spacing, window, cache  of volumes: see `sparseattn.data.volumes`
     on_error          "raise" ends at the first bad file, "skip" leaves it out and lists it
     check             whether every file is read once before the training begins
     device            "auto" is the GPU where there is one
@@ -64,6 +64,7 @@ class TrainOptions:
     image_size: int = 64
     spacing: float = 0.0
     window: str | None = None
+    cache: float = 2.0
     on_error: Literal["raise", "skip"] = "raise"
     check: bool = True
 

@@ -88,9 +88,11 @@ class Recipe(ABC):
 
 RECIPES = {  # name: module and class, imported when it is asked for
     "hyspark": ("sparseattn.training.recipes.hyspark", "HySparKRecipe"),
+    "hyspark-segmenter": ("sparseattn.training.recipes.segmenter", "HySparKSegmenterRecipe"),
     "miram": ("sparseattn.training.recipes.miram", "MIRAMRecipe"),
     "miram-classifier": ("sparseattn.training.recipes.classifiers", "MIRAMClassifierRecipe"),
     "adaptor": ("sparseattn.training.recipes.adaptor", "AdaptorRecipe"),
+    "adaptor-classifier": ("sparseattn.training.recipes.classifiers", "AdaptorClassifierRecipe"),
     "sparseattnnet": ("sparseattn.training.recipes.sparseattnnet", "SparseAttnNetRecipe"),
     "sparsecontrast": ("sparseattn.training.recipes.sparsecontrast", "SparseContrastRecipe"),
     "sparsecontrast-classifier": (

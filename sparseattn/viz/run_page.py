@@ -90,7 +90,7 @@ def images_picture(
 
 
 def rows_picture(rows: Mapping[str, Tensor]) -> bytes:
-    """Rows of grey images [B, H, W] in [0, 1], each row with its name; PNG."""
+    """Rows of images [B, H, W], or [B, H, W, 3] in colour, in [0, 1], with their names; PNG."""
     columns = len(next(iter(rows.values())))
     figure, axes = figure_of(len(rows) * columns, columns=columns, width=1.4 * columns)
     for i, (name, images) in enumerate(rows.items()):
@@ -105,13 +105,22 @@ def rows_picture(rows: Mapping[str, Tensor]) -> bytes:
 
 
 def planes_picture(volumes: Mapping[str, Tensor]) -> bytes:
-    """Volumes [S, S, S] in [0, 1], a row each with its name: the middle slices of its axes; PNG."""
+    """The middle slices of volumes [S, S, S] or [S, S, S, 3] in [0, 1], a row each; PNG."""
     return rows_picture(
         {
             name: torch.stack([volume.select(axis, volume.shape[axis] // 2) for axis in range(3)])
             for name, volume in volumes.items()
         }
     )
+
+
+def coloured(volume: Tensor, classes: Tensor) -> Tensor:
+    """Tint grey voxels [...] by their classes int [...]; 0 stays grey. Returns [..., 3]."""
+    import matplotlib
+
+    tints = torch.from_numpy(matplotlib.colormaps["Set1"]((classes.cpu().numpy() - 1) % 9))
+    strength = 0.5 * (classes.cpu() > 0)[..., None]
+    return volume.float().cpu()[..., None] * (1 - strength) + tints[..., :3] * strength
 
 
 def matrix_picture(values: Tensor, x_label: str, y_label: str) -> bytes:

@@ -13,7 +13,9 @@ EVERYTHING = {"keep": 1.0, "block_size": 16, "fallback": "never"}
 
 @pytest.fixture(scope="module")
 def blocks():
-    return pytest.importorskip("monai.networks.blocks")
+    return pytest.importorskip(
+        "monai.networks.blocks", reason='needs pip install "sparseattn[test]"'
+    )
 
 
 @pytest.mark.parametrize("combined", [False, True])

@@ -169,7 +169,10 @@ def test_nystrom_attention(kernel):
 
 @torch.no_grad()
 def test_nystromformer():
-    modeling = pytest.importorskip("transformers.models.nystromformer.modeling_nystromformer")
+    modeling = pytest.importorskip(
+        "transformers.models.nystromformer.modeling_nystromformer",
+        reason='needs pip install "sparseattn[test]"',
+    )
     config = modeling.NystromformerConfig(
         hidden_size=E, num_attention_heads=HEADS, num_landmarks=LANDMARKS, conv_kernel_size=5,
         segment_means_seq_len=NYSTROM_TOKENS, inv_coeff_init_option=False,

@@ -15,7 +15,7 @@ SMALL = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_head
 
 @pytest.fixture(scope="module")
 def timm():
-    return pytest.importorskip("timm")
+    return pytest.importorskip("timm", reason='needs pip install "sparseattn[test]"')
 
 
 @pytest.mark.parametrize("by_name", [False, True])

@@ -12,7 +12,7 @@ SMALL |= {"intermediate_size": 64, "vocab_size": 50}
 
 @pytest.fixture(scope="module")
 def transformers():
-    return pytest.importorskip("transformers")
+    return pytest.importorskip("transformers", reason='needs pip install "sparseattn[test]"')
 
 
 @pytest.fixture

@@ -250,13 +250,15 @@ def test_calls_that_cannot_be_are_refused(name):
 
 
 def timm_vit():
-    timm = pytest.importorskip("timm")
+    timm = pytest.importorskip("timm", reason='needs pip install "sparseattn[test]"')
     sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
     return timm.create_model("vit_small_patch16_224", **sizes), torch.randn(2, 3, 32, 32)
 
 
 def hf_vit():
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip(
+        "transformers", reason='needs pip install "sparseattn[test]"'
+    )
     config = transformers.ViTConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
         image_size=32, patch_size=4,
@@ -265,7 +267,9 @@ def hf_vit():
 
 
 def monai_block():
-    blocks = pytest.importorskip("monai.networks.blocks")
+    blocks = pytest.importorskip(
+        "monai.networks.blocks", reason='needs pip install "sparseattn[test]"'
+    )
     return blocks.TransformerBlock(32, 64, 2), torch.randn(2, 65, 32)
 
 

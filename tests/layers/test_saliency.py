@@ -165,7 +165,7 @@ def ones_from(predictor):
 
 
 def test_a_converted_timm_vit_trains():
-    timm = pytest.importorskip("timm")
+    timm = pytest.importorskip("timm", reason='needs pip install "sparseattn[test]"')
     model = timm.create_model("vit_small_patch16_224", **VIT, num_classes=2).train()
     report = convert(model, "saliency", predictor=True, keep=0.25)
     assert len(report.swapped) == 2 and model.blocks[0].attn.method.prefix == 1
@@ -188,23 +188,27 @@ def test_a_converted_timm_vit_trains():
 
 
 def timm_vit():
-    timm = pytest.importorskip("timm")
+    timm = pytest.importorskip("timm", reason='needs pip install "sparseattn[test]"')
     return timm.create_model("vit_small_patch16_224", **VIT), torch.randn(2, 3, 32, 32)
 
 
 def timm_eva_apart():
-    timm = pytest.importorskip("timm")
+    timm = pytest.importorskip("timm", reason='needs pip install "sparseattn[test]"')
     layer = timm.models.eva.EvaAttention(32, 2, qkv_fused=False, scale_norm=False)
     return layer, torch.randn(2, 50, 32)
 
 
 def monai_block(**options):
-    blocks = pytest.importorskip("monai.networks.blocks")
+    blocks = pytest.importorskip(
+        "monai.networks.blocks", reason='needs pip install "sparseattn[test]"'
+    )
     return blocks.TransformerBlock(32, 64, 2, **options), torch.randn(2, 50, 32)
 
 
 def monai_apart():
-    blocks = pytest.importorskip("monai.networks.blocks")
+    blocks = pytest.importorskip(
+        "monai.networks.blocks", reason='needs pip install "sparseattn[test]"'
+    )
     return blocks.SABlock(32, 2, use_combined_linear=False), torch.randn(2, 50, 32)
 
 
@@ -224,7 +228,9 @@ class Output(nn.Module):
 
 
 def hf_vision(kind):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip(
+        "transformers", reason='needs pip install "sparseattn[test]"'
+    )
     config = getattr(transformers, f"{kind}Config")(**HF, image_size=32, patch_size=4)
     return Output(getattr(transformers, f"{kind}Model")(config)), torch.randn(2, 3, 32, 32)
 
@@ -280,7 +286,9 @@ def test_hosts_that_cannot_are_reported():
 
 def test_cross_attention_of_transformers_is_reported():
     """Its forward is given other tokens beside the hidden states: which ones, no name tells."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip(
+        "transformers", reason='needs pip install "sparseattn[test]"'
+    )
     config = transformers.BertConfig(**HF, vocab_size=9, is_decoder=True, add_cross_attention=True)
     report = convert(transformers.BertModel(config), "saliency", predictor=True)
     assert not report.swapped and len(report.skipped) == 4
@@ -292,7 +300,7 @@ def test_cross_attention_of_transformers_is_reported():
 
 
 def test_timm_builds_models_with_it():
-    timm = pytest.importorskip("timm")
+    timm = pytest.importorskip("timm", reason='needs pip install "sparseattn[test]"')
     layer = attn_layer("saliency", predictor=True, keep=0.5)
     model = timm.create_model("vit_small_patch16_224", **VIT, attn_layer=layer)
     assert model.blocks[1].attn.method.predictor.in_features == 32

@@ -154,7 +154,7 @@ def test_map():
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernel_builds_the_same_lists(shape, poisoned_memory):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason='needs pip install "sparseattn[triton]"')
     from sparseattn.kernels.block_select import lists
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,19 +2,15 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("accelerate", reason='needs pip install "sparseattn[train]"')
 pytest.importorskip("sklearn", reason='needs pip install "sparseattn[samples]"')
 
-from sparseattn.cli.main import main
 from sparseattn.data.pairs import NAMES, image_texts, numbers, word_numbers
 from sparseattn.data.problems import DataError
-from sparseattn.models import Adaptor
 from sparseattn.testing.files import cut, picture, table
-from sparseattn.training.logs import read_csv
 from sparseattn.training.metrics import retrieval_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,22 +63,3 @@ def test_retrieval() -> None:
     assert found["recall_at_1_by_chance"] == pytest.approx(1 / 3)
     found = retrieval_metrics(similarity, torch.ones(3, 3).bool())
     assert found["recall_at_1"] == 1
-
-
-@pytest.mark.slow
-def test_adaptor_trains_from_one_command(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    words = ["train", "adaptor", "--data", "numbers", "--out", str(out), "--device", "cpu"]
-    assert main([*words, "--epochs", "3"]) == 0
-    epochs = read_csv(out / "epochs.csv")
-    assert epochs[-1]["loss"] < 0.75 * float(np.log(64))
-    assert epochs[-1]["recall_at_5"] > 3 * epochs[-1]["recall_at_1_by_chance"]
-    assert {path.name for path in (out / "report").glob("*.png")} == {
-        "similarity_of_images_and_texts.png",
-        "retrieval.png",
-        "losses.png",
-    }
-    fresh, trained = Adaptor(), Adaptor.from_pretrained(str(out / "model"))
-    for name, value in fresh.state_dict().items():
-        if "encoder." in name:
-            assert torch.equal(trained.state_dict()[name], value), name

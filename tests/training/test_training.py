@@ -150,23 +150,33 @@ def test_a_killed_run_loses_one_interval_at_most(tmp_path: Path) -> None:
     assert same(out, whole)
 
 
-def test_two_processes_train_one_model(tmp_path: Path) -> None:
-    """torchrun, gloo: the weights of one process with batches of twice the size."""
-    pair, alone = tmp_path / "pair", tmp_path / "alone"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "sparseattn", "train", "sparseattnnet", "--data", "digits"]
-    command += ["--out", str(pair), "--device", "cpu", "--epochs", "1", "--batch-size", "32"]
-    command += ["--lr", "2e-3"]
-    done = subprocess.run(
-        [*command, *WORDS, "explore=0.0"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=ONE_THREAD,
-    )
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+    "accelerate launch": [
+        "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
+        "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0",
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    return train("sparseattnnet", options(out, epochs=1, lr=2e-3), {**TINY, "explore": 0.0})
+
+
+@pytest.mark.parametrize(
+    "launcher", ["torchrun", pytest.param("accelerate launch", marks=pytest.mark.slow)]
+)
+def test_two_processes_train_one_model(launcher: str, alone: Path, tmp_path: Path) -> None:
+    """With gloo: the weights of one process with batches of twice the size."""
+    pair = tmp_path / "pair"
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "sparseattn", "train"]
+    command += ["sparseattnnet", "--data", "digits", "--out", str(pair), "--device", "cpu"]
+    command += ["--epochs", "1", "--batch-size", "32", "--lr", "2e-3", *WORDS, "explore=0.0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout and done.stdout.count("epoch 1/1") == 1
-    train("sparseattnnet", options(alone, epochs=1, lr=2e-3), {**TINY, "explore": 0.0})
     first, second = (read_csv(out / "epochs.csv")[-1] for out in (pair, alone))
     assert first["step"] == second["step"] == 22
     # the last batches are filled up, so the epochs differ by one example at most
@@ -175,6 +185,15 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     a, b = weights(pair), weights(alone)
     moved = SparseAttnNet.from_pretrained(str(alone / "model")).head.weight
     assert (a["head.weight"] - b["head.weight"]).abs().mean() < 0.02 * moved.abs().mean()
+
+
+def test_a_sharded_model_continues_with_the_same_bits(tmp_path: Path) -> None:
+    """FSDP2 on two processes, gloo."""
+    worker = Path(__file__).with_name("sharded_worker.py")
+    command = [sys.executable, "-m", *LAUNCHERS["torchrun"], str(worker), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["agrees", "agrees"]
 
 
 def test_bf16_trains(tmp_path: Path) -> None:

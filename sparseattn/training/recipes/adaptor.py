@@ -15,8 +15,9 @@ from sparseattn.models.adaptor import Adaptor, AdaptorConfig
 from sparseattn.training.metrics import retrieval_metrics
 from sparseattn.training.options import TrainOptions
 from sparseattn.training.recipe import History, Recipe
+from sparseattn.training.recipes.shared import history_picture
 from sparseattn.viz.report import Picture
-from sparseattn.viz.run_page import curves_picture, matrix_picture
+from sparseattn.viz.run_page import matrix_picture
 
 SHOWN = 32  # test pairs on the page
 
@@ -78,15 +79,10 @@ class AdaptorRecipe(Recipe):
                 matrix_picture(cosine, "text", "image"),
             )
         ]
-        if history:
-            names = [name for name in history[0] if name.startswith("recall")]
-            curves = {name: [row[name] for row in history] for name in names}
-            found.append(
-                Picture(
-                    "Retrieval",
-                    "Share of test images whose text is among the 1 or 5 nearest of all.",
-                    "Curves of the recall over the epochs.",
-                    curves_picture([row["epoch"] for row in history], curves, "epoch"),
-                )
-            )
-        return found
+        return found + history_picture(
+            history,
+            {name: name for name in ("recall_at_1", "recall_at_5", "recall_at_1_by_chance")},
+            "Retrieval",
+            "Share of test images whose text is among the 1 or 5 nearest of all.",
+            "Curves of the recall over the epochs.",
+        )

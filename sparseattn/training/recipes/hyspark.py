@@ -27,21 +27,14 @@ class HySparKRecipe(Recipe):
     summary: ClassVar[str] = "fill in hidden cells of volumes, computing on the others alone"
     model_type: ClassVar[type[nn.Module]] = HySparK
     config_type: ClassVar[type] = HySparKConfig
-    defaults: ClassVar[dict[str, Any]] = {"epochs": 20, "batch_size": 8, "lr": 2e-3}
+    defaults: ClassVar[dict[str, Any]] = {"epochs": 10, "batch_size": 8, "lr": 3e-3}
 
     @classmethod
     def load(cls, options: TrainOptions) -> Split:
         """Return volumes: a sample, or those of a folder of nnU-Net's layout."""
         if options.layout != "nnunet":
             return images_alone(options.data, **data_options(options))
-        return nnunet_blocks(
-            options.data,
-            seed=options.seed,
-            size=options.image_size,
-            spacing=options.spacing,
-            window=options.window,
-            on_error=options.on_error,
-        )
+        return nnunet_blocks(options.data, **volume_options(options))
 
     @classmethod
     def configure(cls, split: Split, changes: Mapping[str, Any]) -> HySparKConfig:
@@ -79,3 +72,9 @@ class HySparKRecipe(Recipe):
                 planes_picture(rows),
             )
         ]
+
+
+def volume_options(options: TrainOptions) -> dict[str, Any]:
+    """Return what ``nnunet_blocks`` takes besides the source."""
+    names = ("seed", "spacing", "window", "cache", "on_error")
+    return {"size": options.image_size, **{name: getattr(options, name) for name in names}}

@@ -9,16 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from sparseattn.data.sources import images_alone
-from sparseattn.data.split import Split, count
+from sparseattn.data.split import Split
 from sparseattn.models.miram import MIRAM, MIRAMConfig
 from sparseattn.training.options import TrainOptions
 from sparseattn.training.recipe import History, Recipe, data_options
+from sparseattn.training.recipes.shared import shown_images
 from sparseattn.viz.report import Picture
 from sparseattn.viz.run_page import rows_picture
 
 SHOWN = 4  # images on the page
+GRID = 8  # patches a side of a small image
 SMALL = {  # a model that a CPU trains on small crops, where nothing else is asked for
-    "patch": 4, "dim": 96, "depth": 4, "heads": 3, "low_dim": 64, "low_depth": 2, "low_heads": 2,
+    "dim": 96, "depth": 4, "heads": 3, "low_dim": 64, "low_depth": 2, "low_heads": 2,
     "high_dim": 64, "high_depth": 2, "high_heads": 2, "features": 64, "projected_keys": 64,
 }  # fmt: skip
 
@@ -46,7 +48,9 @@ class MIRAMRecipe(Recipe):
             raise ValueError(
                 f"miram: images are {side} pixels wide; expected a multiple of scale, scale={scale}"
             )
-        small = SMALL if side < MIRAMConfig.image_size else {}
+        small = {}
+        if side < MIRAMConfig.image_size:
+            small = {"patch": max(2, side // scale // GRID), **SMALL}
         given = {"image_size": side // scale, "channels": split.channels, **small, **changes}
         return MIRAMConfig(**given)
 
@@ -60,9 +64,7 @@ class MIRAMRecipe(Recipe):
 
     def pictures(self, model: nn.Module, split: Split, history: History) -> list[Picture]:
         """Show a few test images as they are, as the encoder sees them, and reconstructed."""
-        step = max(1, count(split.test) // SHOWN)
-        shown = range(0, min(count(split.test), step * SHOWN), step)
-        images = torch.stack([split.test[index]["images"] for index in shown])
+        images = shown_images(split, SHOWN)
         torch.manual_seed(0)
         net: Any = model
         found = net.reconstruct(images)._asdict()

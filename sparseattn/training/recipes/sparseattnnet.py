@@ -7,22 +7,24 @@ from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sparseattn.data.sources import image_classes
 from sparseattn.data.split import Split
 from sparseattn.models.keep_rule import KeepRule
 from sparseattn.models.sparseattnnet import SparseAttnNet, SparseAttnNetConfig
-from sparseattn.training.metrics import classification_metrics
 from sparseattn.training.options import TrainOptions
-from sparseattn.training.recipe import History, Recipe, data_options
+from sparseattn.training.recipe import History
+from sparseattn.training.recipes.shared import (
+    Classification,
+    first_of_each_class,
+    guess_titles,
+    history_picture,
+)
 from sparseattn.viz.report import Picture
-from sparseattn.viz.run_page import curves_picture, images_picture
-
-SHOWN = 6  # images on the page
+from sparseattn.viz.run_page import images_picture
 
 
-class SparseAttnNetRecipe(Recipe):
+class SparseAttnNetRecipe(Classification):
     """Cross-entropy and distillation; `KeepRule` changes the share of pixels after an epoch.
 
     With `keep=1.0` in the config all pixels are seen all the time.
@@ -44,24 +46,11 @@ class SparseAttnNetRecipe(Recipe):
         self.rule = None if config.keep == 1 else KeepRule(config.keep, **numbers)
 
     @classmethod
-    def load(cls, options: TrainOptions) -> Split:
-        """Return images and labels."""
-        return image_classes(options.data, **data_options(options))
-
-    @classmethod
     def configure(cls, split: Split, changes: Mapping[str, Any]) -> SparseAttnNetConfig:
         """Take the number of classes and channels from the data."""
         return SparseAttnNetConfig(
             **{"classes": len(split.classes), "channels": split.channels, **changes}
         )
-
-    def measured(self, batch: Mapping[str, Tensor], output: Any) -> dict[str, Tensor]:
-        """Return logits and labels."""
-        return {"logits": output.logits.float(), "labels": batch["labels"]}
-
-    def metrics(self, measured: Mapping[str, Tensor]) -> dict[str, float]:
-        """Accuracy, and the area under the ROC curve averaged over classes."""
-        return classification_metrics(measured["logits"], measured["labels"])
 
     def after_epoch(
         self, model: nn.Module, losses: Mapping[str, float], options: TrainOptions
@@ -101,39 +90,10 @@ class SparseAttnNetRecipe(Recipe):
                 images_picture(images.mean(1), titles, marked=output.chosen, heat=output.coarse),
             )
         ]
-        if history:
-            found.append(_trace(history))
-        return found
-
-
-def _trace(history: History) -> Picture:
-    curves = {
-        "share of pixels seen": [row["keep"] for row in history],
-        "accuracy on test images": [row["accuracy"] for row in history],
-    }
-    return Picture(
-        "Share of pixels",
-        "The share of pixels follows the trend of the training loss and is frozen at the end.",
-        "Two curves over the epochs: the share of pixels falls, the accuracy rises.",
-        curves_picture([row["epoch"] for row in history], curves, "epoch"),
-    )
-
-
-def guess_titles(split: Split, labels: Tensor, logits: Tensor) -> list[str]:
-    """Return for each image its class, and what it was taken for if that is wrong."""
-    names, pairs = split.classes, zip(labels.tolist(), logits.argmax(1).tolist(), strict=True)
-    return [
-        f"{names[label]}" if label == guess else f"{names[label]}, taken for {names[guess]}"
-        for label, guess in pairs
-    ]
-
-
-def first_of_each_class(split: Split) -> tuple[Tensor, Tensor]:
-    """Return the first test images of the classes in turn, `SHOWN` at most."""
-    rounds: dict[int, list[int]] = {}
-    for index in range(min(len(split.test), 256)):  # type: ignore[arg-type]
-        rounds.setdefault(int(split.test[index]["labels"]), []).append(index)
-    longest = max(map(len, rounds.values()))
-    order = [rounds[c][i] for i in range(longest) for c in sorted(rounds) if i < len(rounds[c])]
-    shown = [split.test[index] for index in order[:SHOWN]]
-    return torch.stack([s["images"] for s in shown]), torch.stack([s["labels"] for s in shown])
+        return found + history_picture(
+            history,
+            {"keep": "share of pixels seen", "accuracy": "accuracy on test images"},
+            "Share of pixels",
+            "The share of pixels follows the trend of the training loss and is frozen at the end.",
+            "Two curves over the epochs: the share of pixels falls, the accuracy rises.",
+        )

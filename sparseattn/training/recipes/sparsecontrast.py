@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparseattn.data.sources import images_alone
-from sparseattn.data.split import Split, count
+from sparseattn.data.split import Split
 from sparseattn.models.sparsecontrast import SparseContrast, SparseContrastConfig
 from sparseattn.training.options import TrainOptions
 from sparseattn.training.recipe import History, Recipe, data_options
+from sparseattn.training.recipes.shared import history_picture, shown_images
 from sparseattn.viz.report import Picture
-from sparseattn.viz.run_page import curves_picture, images_picture
+from sparseattn.viz.run_page import images_picture
 
-SHOWN = 6  # images on the page
 GRID = 8  # patches a side of a small image
 SMALL = {  # a model that a CPU trains on small crops, where nothing else is asked for
     "backbone": "vit_tiny_patch16_224", "dim": 96, "depth": 4, "heads": 3, "start": 1, "stages": 1,
@@ -91,9 +91,7 @@ class SparseContrastRecipe(Recipe):
     def pictures(self, model: nn.Module, split: Split, history: History) -> list[Picture]:
         """Saliency and kept tokens over a few test images, and the trace of the kept share."""
         net: Any = model
-        step = max(1, count(split.test) // SHOWN)
-        shown = range(0, min(count(split.test), step * SHOWN), step)
-        images = torch.stack([split.test[index]["images"] for index in shown])
+        images = shown_images(split)
         torch.manual_seed(0)
         with torch.no_grad():
             found = net.features(images)
@@ -120,15 +118,10 @@ class SparseContrastRecipe(Recipe):
                 ),
             )
         ]
-        if history:
-            names = {"keep": "share of tokens kept", "view_recall": "views recalled"}
-            curves = {text: [row[name] for row in history] for name, text in names.items()}
-            pictures.append(
-                Picture(
-                    "Share of tokens",
-                    "The share of tokens follows its schedule; recall is of views of test images.",
-                    "Two curves over the epochs: the share of tokens falls.",
-                    curves_picture([row["epoch"] for row in history], curves, "epoch"),
-                )
-            )
-        return pictures
+        return pictures + history_picture(
+            history,
+            {"keep": "share of tokens kept", "view_recall": "views recalled"},
+            "Share of tokens",
+            "The share of tokens follows its schedule; recall is of views of test images.",
+            "Two curves over the epochs: the share of tokens falls.",
+        )
