@@ -76,14 +76,11 @@ def in_steps(*tensors: Tensor) -> tuple[int, tuple[tuple[int, ...], ...]]:
     """Return a step of 8 or 1 elements, and batch, head and row strides of [B, H, N, D] in steps.
 
     The compiler learns by itself only what 16 divides, see tiles.in_elements. Products of int32
-    strides and the step stay int32. Strides of dimensions of size 1 do not count.
+    strides and the step stay int32. Strides are 0 where the size is 1 and serves all.
     """
-    step = 8
-    for tensor in tensors:
-        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True):
-            if size > 1 and (stride % 8 != 0 or stride >= 2**31):
-                step = 1
-    return step, tuple(tuple(s // step for s in tensor.stride()[:3]) for tensor in tensors)
+    strides = [shared_strides(tensor, 3) for tensor in tensors]
+    step = 8 if all(s % 8 == 0 and s < 2**31 for of_one in strides for s in of_one) else 1
+    return step, tuple(tuple(s // step for s in of_one) for of_one in strides)
 
 
 def describable(*tensors: Tensor) -> bool:

@@ -8,7 +8,7 @@ dk_j = scale * sum_i dz_ij q_i - 2 * square * db_j k_j + dsums of the segment of
 import triton
 import triton.language as tl
 
-from ..tiles import add_dot, dot_rows, load_rows, store_rows, zero_chunks
+from ..tiles import add_dot, dot_rows, in_elements, load_rows, store_rows, zero_chunks
 from .weights import load_columns, log_weight, through_weight
 
 
@@ -24,19 +24,20 @@ def add_segment_rows(
     return dk + tl.load(dsums_ptr + at, mask=kept, other=0.0)
 
 
-@triton.jit(do_not_specialize=["num_heads", "q_len", "k_len", "num_tiles", "chunk"])
+@triton.jit(do_not_specialize=["num_heads", "q_len", "k_len", "num_tiles", "chunk", "part_rows"])
 def landmark_attention_bwd_dkv_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, segment_ptr, do_ptr, lse_ptr, delta_ptr, unit_ptr, dsums_ptr,
     dk_ptr, dv_ptr, dbias_ptr,
-    q_strides, k_strides, v_strides, bias_strides, segment_stride, do_strides,
-    dk_strides, dv_strides,
+    q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides,
+    bias_strides, segment_stride, part_rows,
     num_heads, q_len, k_len, num_tiles, chunk, scale, square,
-    STAGE: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SQUARE: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr, NEEDS_DK: tl.constexpr, NEEDS_BIAS: tl.constexpr,
-    IS_RELU: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    STEP: tl.constexpr, STAGE: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SQUARE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, NEEDS_DK: tl.constexpr,
+    NEEDS_BIAS: tl.constexpr, IS_RELU: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv and dbias of stage 1; their parts over the queries in stage 2.
+    """dk, dv and dbias of stage 1; their parts over the queries in stage 2, of part_rows rows each.
 
     One program: BLOCK_K columns of one head, over one part of the rows of its query heads.
     """
@@ -47,6 +48,9 @@ def landmark_attention_bwd_dkv_kernel(
     start = (tl.program_id(0) % num_tiles) * BLOCK_K
     columns = start + tl.arange(0, BLOCK_K)
     in_range = columns < k_len
+    q_strides, k_strides = in_elements(q_strides, STEP), in_elements(k_strides, STEP)
+    v_strides, do_strides = in_elements(v_strides, STEP), in_elements(do_strides, STEP)
+    dk_strides, dv_strides = in_elements(dk_strides, STEP), in_elements(dv_strides, STEP)
     k_ptr += batch * k_strides[0] + key_head * k_strides[1]
     v_ptr += batch * v_strides[0] + key_head * v_strides[1]
     bias_ptr += batch * bias_strides[0] + key_head * bias_strides[1]
@@ -92,9 +96,9 @@ def landmark_attention_bwd_dkv_kernel(
     if NEEDS_BIAS:
         bias_at = (head_at + part * (tl.num_programs(0) // num_tiles).to(tl.int64)) * k_len
         tl.store(dbias_ptr + bias_at + columns, dbias * unit, mask=in_range)
-    dv_ptr += part * dv_strides[0] + batch * dv_strides[1] + key_head * dv_strides[2]
-    dv_ptr += at * dv_strides[3]
-    store_rows(dv_ptr, dv_strides[3], in_range, dv0 * unit, dv1 * unit, BLOCK_K, D, D0, D1)
+    part_at = part.to(tl.int64) * part_rows * D
+    dv_ptr += part_at + batch * dv_strides[0] + key_head * dv_strides[1] + at * dv_strides[2]
+    store_rows(dv_ptr, dv_strides[2], in_range, dv0 * unit, dv1 * unit, BLOCK_K, D, D0, D1)
     if NEEDS_DK:
         dk0 *= scale * unit
         if D1 > 0:
@@ -112,6 +116,5 @@ def landmark_attention_bwd_dkv_kernel(
             dk0 = add_segment_rows(dk0, dsums_ptr, segment, is_shown, 0, D0, D)
             if D1 > 0:
                 dk1 = add_segment_rows(dk1, dsums_ptr, segment, is_shown, D0, D1, D)
-        dk_ptr += part * dk_strides[0] + batch * dk_strides[1] + key_head * dk_strides[2]
-        dk_ptr += at * dk_strides[3]
-        store_rows(dk_ptr, dk_strides[3], in_range, dk0, dk1, BLOCK_K, D, D0, D1)
+        dk_ptr += part_at + batch * dk_strides[0] + key_head * dk_strides[1] + at * dk_strides[2]
+        store_rows(dk_ptr, dk_strides[2], in_range, dk0, dk1, BLOCK_K, D, D0, D1)

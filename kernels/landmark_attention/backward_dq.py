@@ -9,7 +9,7 @@ delta_i = sum_j p_ij do_i.v_j, and leaves them for the gradient of the columns.
 import triton
 import triton.language as tl
 
-from ..tiles import add_dot, load_rows, store_rows, zero_chunks
+from ..tiles import add_dot, in_elements, load_rows, store_rows, zero_chunks
 from .weights import load_row, log_weight, row_tile, squares, through_weight
 
 
@@ -37,17 +37,19 @@ def floor_logit(peak, do0, do1, q0, q1, v_ptr, bias_ptr, square, D: tl.constexpr
     return z, dweight
 
 
-@triton.jit(do_not_specialize=["num_heads", "q_len", "k_len", "num_tiles", "chunk"])
+@triton.jit(do_not_specialize=["num_heads", "q_len", "k_len", "num_tiles", "chunk", "part_rows"])
 def landmark_attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
-    q_strides, k_strides, v_strides, bias_strides, do_strides, dq_strides,
+    q_strides, k_strides, v_strides, do_strides, dq_strides, bias_strides, part_rows,
     num_heads, q_len, k_len, num_tiles, chunk, scale, square,
-    STAGE: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SQUARE: tl.constexpr,
-    HAS_FLOOR: tl.constexpr, IS_RELU: tl.constexpr, IS_ONE_TILE: tl.constexpr,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    STEP: tl.constexpr, STAGE: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SQUARE: tl.constexpr, HAS_FLOOR: tl.constexpr, IS_RELU: tl.constexpr,
+    IS_ONE_TILE: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, lse (base 2, +inf for empty rows) and delta of stage 2; parts of dq of stage 1.
+
+    A part of dq has part_rows rows of all samples and heads.
 
     One program: BLOCK_Q rows of one head, over one part of the columns.
     """
@@ -57,6 +59,9 @@ def landmark_attention_bwd_dq_kernel(
     start = (tl.program_id(0) % num_tiles) * BLOCK_Q
     rows = start + tl.arange(0, BLOCK_Q)
     row_ok = rows < q_len
+    q_strides, k_strides = in_elements(q_strides, STEP), in_elements(k_strides, STEP)
+    v_strides, do_strides = in_elements(v_strides, STEP), in_elements(do_strides, STEP)
+    dq_strides = in_elements(dq_strides, STEP)
     q_ptr += batch * q_strides[0] + head * q_strides[1] + start.to(tl.int64) * q_strides[2]
     do_ptr += batch * do_strides[0] + head * do_strides[1] + start.to(tl.int64) * do_strides[2]
     k_ptr += batch * k_strides[0] + (head // GROUP) * k_strides[1]
@@ -128,6 +133,6 @@ def landmark_attention_bwd_dq_kernel(
         dq0 += (dfloor * 2.0 * square)[:, None] * q0.to(tl.float32)
         if D1 > 0:
             dq1 += (dfloor * 2.0 * square)[:, None] * q1.to(tl.float32)
-    dq_ptr += part * dq_strides[0] + batch * dq_strides[1] + head * dq_strides[2]
-    dq_ptr += start.to(tl.int64) * dq_strides[3]
-    store_rows(dq_ptr, dq_strides[3], row_ok, dq0, dq1, BLOCK_Q, D, D0, D1)
+    dq_ptr += part.to(tl.int64) * part_rows * D
+    dq_ptr += batch * dq_strides[0] + head * dq_strides[1] + start.to(tl.int64) * dq_strides[2]
+    store_rows(dq_ptr, dq_strides[2], row_ok, dq0, dq1, BLOCK_Q, D, D0, D1)

@@ -76,10 +76,13 @@ class Call:
         return self.q, self.k, self.v, self.bias
 
     @property
-    def strides(self) -> tuple[tuple[int, ...], ...]:
-        """Batch, head and token strides of q, k and v, batch and head strides of the bias."""
-        tokens = ((*launching.shared_strides(t, 2), t.stride(2)) for t in (self.q, self.k, self.v))
-        return *tokens, launching.shared_strides(self.bias, 2)
+    def bias_strides(self) -> tuple[int, ...]:
+        """Batch and head strides of the bias."""
+        return launching.shared_strides(self.bias, 2)
+
+    def in_steps(self, *others: Tensor) -> tuple[int, tuple[tuple[int, ...], ...]]:
+        """Return the step, and strides of q, k, v and other [B, H, N, D] in steps."""
+        return launching.in_steps(self.q, self.k, self.v, *others)
 
     @property
     def device(self) -> AbstractContextManager[Any]:
@@ -121,8 +124,3 @@ def raised(tensor: Tensor) -> Tensor:
     """Return a tensor as kernels take it: unit column stride; float32 for bfloat16 interpreted."""
     interpreting = bool(triton.knobs.runtime.interpret)
     return launching.unit_stride(launching.raise_bfloat16(tensor, interpreting))
-
-
-def parts_of(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Return a result [B, H, N, D] as one part of itself, with the strides of parts."""
-    return tensor, (0, *tensor.stride()[:3])

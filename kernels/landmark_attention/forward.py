@@ -9,7 +9,7 @@ order. Stage 2 has landmarks as columns; b_j is the lse of stage 1.
 import triton
 import triton.language as tl
 
-from ..tiles import add_dot, dot_rows, load_rows, store_rows, zero_chunks
+from ..tiles import add_dot, dot_rows, in_elements, load_rows, store_rows, zero_chunks
 from .weights import load_columns, load_row, log_weight, squares
 
 
@@ -36,11 +36,12 @@ def fold_floor(
 @triton.jit(do_not_specialize=["num_heads", "q_len", "k_len", "num_tiles", "chunk"])
 def landmark_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, segment_ptr, o_ptr, lse_ptr, peak_ptr, sums_ptr,
-    q_strides, k_strides, v_strides, bias_strides, segment_stride, o_strides,
+    q_strides, k_strides, v_strides, o_strides, bias_strides, segment_stride,
     num_heads, q_len, k_len, num_tiles, chunk, scale, square,
-    STAGE: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SQUARE: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr, HAS_FLOOR: tl.constexpr, NEEDS_PEAK: tl.constexpr,
-    IS_RELU: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    STEP: tl.constexpr, STAGE: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SQUARE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_FLOOR: tl.constexpr,
+    NEEDS_PEAK: tl.constexpr, IS_RELU: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o of stage 2, or the parts of o, lse and peak of stage 1 (float32, base 2).
@@ -55,6 +56,8 @@ def landmark_attention_fwd_kernel(
     start = (tl.program_id(0) % num_tiles) * BLOCK_Q
     rows = start + tl.arange(0, BLOCK_Q)
     row_ok = rows < q_len
+    q_strides, k_strides = in_elements(q_strides, STEP), in_elements(k_strides, STEP)
+    v_strides, o_strides = in_elements(v_strides, STEP), in_elements(o_strides, STEP)
     q_ptr += batch * q_strides[0] + head * q_strides[1] + start.to(tl.int64) * q_strides[2]
     k_ptr += batch * k_strides[0] + (head // GROUP) * k_strides[1]
     v_ptr += batch * v_strides[0] + (head // GROUP) * v_strides[1]

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launch as launching
+from ..tiles import in_elements
 from . import tuning
 from .call import raised
 
@@ -21,7 +22,8 @@ from .call import raised
 def segment_means_fwd_kernel(
     q_ptr, ids_ptr, starts_ptr, order_ptr, means_ptr, q_strides, ids_stride, starts_stride,
     num_heads, num_segments,
-    HAS_ORDER: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr, HAS_ORDER: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """mean_r [B, H, m, D], float32; 0 without tokens.
 
@@ -32,6 +34,7 @@ def segment_means_fwd_kernel(
     batch = row // num_segments // num_heads
     starts_ptr += batch * starts_stride + segment
     first, last = tl.load(starts_ptr), tl.load(starts_ptr + 1)
+    q_strides = in_elements(q_strides, STEP)
     columns = tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_D], tl.float32)
     count = 0.0
@@ -52,9 +55,9 @@ def segment_means_fwd_kernel(
 
 @triton.jit(do_not_specialize=["num_heads", "num_segments", "length", "num_tiles"])
 def segment_means_bwd_kernel(
-    dq_ptr, ids_ptr, dmeans_ptr, out_ptr, dq_strides, ids_stride, out_strides,
+    dq_ptr, ids_ptr, dmeans_ptr, out_ptr, dq_strides, out_strides, ids_stride,
     num_heads, num_segments, length, num_tiles,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out_i = dq_i + dmeans_r of the segment r of i, which is divided by its count already.
 
@@ -68,6 +71,7 @@ def segment_means_bwd_kernel(
     columns = tl.arange(0, BLOCK_D)[None, :]
     kept = in_range[:, None] & (columns < D)
     rows = tokens.to(tl.int64)[:, None]
+    dq_strides, out_strides = in_elements(dq_strides, STEP), in_elements(out_strides, STEP)
     dq_ptr += batch * dq_strides[0] + head * dq_strides[1]
     dq = tl.load(dq_ptr + rows * dq_strides[2] + columns, mask=kept, other=0.0).to(tl.float32)
     at = (head_at * num_segments + ids)[:, None] * D + columns
@@ -84,12 +88,13 @@ def forward(q: Tensor, ids: Tensor, starts: Tensor, order: Tensor | None) -> Ten
     if means.numel() == 0:
         return means
     q, ids, starts = raised(q), launching.unit_stride(ids), launching.unit_stride(starts)
+    step, strides = launching.in_steps(q)
     with torch.cuda.device_of(q) if q.is_cuda else nullcontext():
         segment_means_fwd_kernel[(shape[0] * shape[1] * shape[2],)](
             q, ids, starts, starts if order is None else order, means,
-            q.stride()[:3], *_batch_strides(ids, starts), shape[1], shape[2],
-            HAS_ORDER=order is not None, D=shape[3], BLOCK_D=triton.next_power_of_2(shape[3]),
-            BLOCK_N=tuning.SEGMENT_TOKENS,
+            *strides, *_batch_strides(ids, starts), shape[1], shape[2],
+            STEP=step, HAS_ORDER=order is not None,
+            D=shape[3], BLOCK_D=triton.next_power_of_2(shape[3]), BLOCK_N=tuning.SEGMENT_TOKENS,
         )  # fmt: skip
     return means
 
@@ -102,11 +107,12 @@ def backward(dq: Tensor, dmeans: Tensor, ids: Tensor, counts: Tensor) -> Tensor:
     dmeans = (dmeans / counts.clamp(min=1)[:, None, :, None]).contiguous()
     dq, ids = raised(dq), launching.unit_stride(ids)
     num_tiles = triton.cdiv(dq.shape[2], tuning.SEGMENT_TOKENS)
+    step, strides = launching.in_steps(dq, out)
     with torch.cuda.device_of(dq) if dq.is_cuda else nullcontext():
         segment_means_bwd_kernel[(dq.shape[0] * dq.shape[1] * num_tiles,)](
-            dq, ids, dmeans, out, dq.stride()[:3], *_batch_strides(ids), out.stride()[:3],
+            dq, ids, dmeans, out, *strides, *_batch_strides(ids),
             dq.shape[1], dmeans.shape[2], dq.shape[2], num_tiles,
-            D=dq.shape[3], BLOCK_D=triton.next_power_of_2(dq.shape[3]),
+            STEP=step, D=dq.shape[3], BLOCK_D=triton.next_power_of_2(dq.shape[3]),
             BLOCK_N=tuning.SEGMENT_TOKENS,
         )  # fmt: skip
     return out

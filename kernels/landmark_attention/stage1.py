@@ -20,7 +20,7 @@ from .. import launch as launching
 from . import tuning
 from .backward_dkv import landmark_attention_bwd_dkv_kernel
 from .backward_dq import landmark_attention_bwd_dq_kernel
-from .call import Call, parts_of, raised
+from .call import Call, raised
 from .forward import landmark_attention_fwd_combine_kernel, landmark_attention_fwd_kernel
 
 
@@ -57,12 +57,14 @@ def forward(
     part_lse = lse.new_empty((parts, *shape))
     part_peak = torch.empty_like(part_lse) if needs_peak else part_lse
     part_sums = part_values if segments is None else torch.empty_like(part_values)
+    step, strides = call.in_steps(part_values[0])
     with call.device:
         landmark_attention_fwd_kernel[(shape[0] * shape[1] * num_tiles, parts)](
             *call.tensors, *_ids(segments, lse), part_values, part_lse, part_peak, part_sums,
-            *call.strides, _step(segments), part_values.stride()[1:4],
+            *strides, call.bias_strides, _batch_stride(segments),
             call.heads, shape[2], k.shape[2], num_tiles, chunk,
-            scale, square, NEEDS_PEAK=needs_peak, HAS_SEGMENTS=segments is not None, **options,
+            scale, square, STEP=step, NEEDS_PEAK=needs_peak, HAS_SEGMENTS=segments is not None,
+            **options,
         )  # fmt: skip
         num_rows = lse.numel()
         landmark_attention_fwd_combine_kernel[(triton.cdiv(num_rows, tuning.COMBINE_ROWS),)](
@@ -105,15 +107,15 @@ def backward(
         options = call.options(tuning.BACKWARD_DKV)
         del options["HAS_FLOOR"]
         num_tiles = triton.cdiv(k.shape[2], options["BLOCK_K"])
-        (dk, dk_strides), (dv, dv_strides) = parts_of(dk), parts_of(dv)
+        step, strides = call.in_steps(dvalues, dk, dv)
         has_segments = segments is not None and dsums is not None
         landmark_attention_bwd_dkv_kernel[(k.shape[0] * k.shape[1] * num_tiles, 1)](
             *call.tensors, *_ids(segments, peak), dvalues, peak, delta, unit,
             peak if dsums is None else dsums.contiguous(), dk, dv,
-            peak if dbias is None else dbias, *call.strides, _step(segments),
-            dvalues.stride()[:3], dk_strides, dv_strides,
+            peak if dbias is None else dbias,
+            *strides, call.bias_strides, _batch_stride(segments), 0,
             call.heads, landmarks.shape[2], k.shape[2], num_tiles, landmarks.shape[2],
-            scale, square, NEEDS_DK=True, NEEDS_BIAS=needs[1], HAS_SEGMENTS=has_segments,
+            scale, square, STEP=step, NEEDS_DK=True, NEEDS_BIAS=needs[1], HAS_SEGMENTS=has_segments,
             **options,
         )  # fmt: skip
         dlandmarks = _landmark_gradient(call, dvalues, peak, delta, unit) if needs[0] else None
@@ -125,7 +127,7 @@ def _ids(segments: Tensor | None, blank: Tensor) -> tuple[Tensor]:
     return (blank if segments is None else launching.unit_stride(segments),)
 
 
-def _step(segments: Tensor | None) -> int:
+def _batch_stride(segments: Tensor | None) -> int:
     """Return the batch stride of the segments as `_ids` returns them."""
     return 0 if segments is None else launching.unit_stride(segments).stride(0)
 
@@ -156,10 +158,11 @@ def _landmark_gradient(
     num_tiles = triton.cdiv(shape[2], options["BLOCK_Q"])
     chunk, parts = call.part(call.k.shape[2], call.heads * num_tiles)
     part = unit.new_empty((parts, *shape))
+    step, strides = call.in_steps(dvalues, part[0])
     landmark_attention_bwd_dq_kernel[(shape[0] * shape[1] * num_tiles, parts)](
         *call.tensors, dvalues, peak, delta, part,
-        *call.strides, dvalues.stride()[:3], part.stride()[:4],
+        *strides, call.bias_strides, shape[0] * shape[1] * shape[2],
         call.heads, shape[2], call.k.shape[2], num_tiles, chunk, call.scale, call.square,
-        IS_ONE_TILE=False, **options,
+        STEP=step, IS_ONE_TILE=False, **options,
     )  # fmt: skip
     return part.sum(0) * unit[..., None, None]

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import tuning
 from .backward_dkv import landmark_attention_bwd_dkv_kernel
 from .backward_dq import landmark_attention_bwd_dq_kernel
-from .call import Call, parts_of, raised
+from .call import Call, raised
 from .forward import landmark_attention_fwd_kernel
 
 
@@ -41,11 +41,12 @@ def forward(
     )  # fmt: skip
     options = call.options(tuning.FORWARD)
     num_tiles = triton.cdiv(q.shape[2], options["BLOCK_Q"])
+    step, strides = call.in_steps(out)
     with call.device:
         landmark_attention_fwd_kernel[(q.shape[0] * q.shape[1] * num_tiles, 1)](
-            *call.tensors, out, out, out, out, out, *call.strides, 0, out.stride()[:3],
+            *call.tensors, out, out, out, out, out, *strides, call.bias_strides, 0,
             call.heads, q.shape[2], call.landmarks, num_tiles, call.landmarks, scale, square,
-            NEEDS_PEAK=has_floor, HAS_SEGMENTS=False, **options,
+            STEP=step, NEEDS_PEAK=has_floor, HAS_SEGMENTS=False, **options,
         )  # fmt: skip
     return out
 
@@ -77,11 +78,12 @@ def backward(
         options = call.options(tuning.BACKWARD_DQ)
         num_tiles = triton.cdiv(q.shape[2], options["BLOCK_Q"])
         lse, delta = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
+        step, strides = call.in_steps(sent, dq)
         landmark_attention_bwd_dq_kernel[(q.shape[0] * q.shape[1] * num_tiles, 1)](
             *call.tensors, sent, lse, delta, dq,
-            *call.strides, sent.stride()[:3], parts_of(dq)[1],
+            *strides, call.bias_strides, 0,
             call.heads, q.shape[2], call.landmarks, num_tiles, call.landmarks, scale, square,
-            IS_ONE_TILE=call.landmarks <= options["BLOCK_K"], **options,
+            STEP=step, IS_ONE_TILE=call.landmarks <= options["BLOCK_K"], **options,
         )  # fmt: skip
         gradients = _column_gradients(call, sent, lse, delta, needs_landmarks)
     if has_floor:
@@ -101,11 +103,12 @@ def _column_gradients(
     dvalues = lse.new_empty((parts, *shape))
     dlandmarks = torch.empty_like(dvalues) if needs_landmarks else dvalues
     dbias = lse.new_empty((parts, *shape[:3]))
+    step, strides = call.in_steps(dout, dlandmarks[0], dvalues[0])
     landmark_attention_bwd_dkv_kernel[(shape[0] * shape[1] * num_tiles, parts)](
         *call.tensors, lse, dout, lse, delta, lse, lse, dlandmarks, dvalues, dbias,
-        *call.strides, 0, dout.stride()[:3], dlandmarks.stride()[:4], dvalues.stride()[:4],
+        *strides, call.bias_strides, 0, shape[0] * shape[1] * shape[2],
         call.heads, call.q.shape[2], shape[2], num_tiles, chunk, call.scale, call.square,
-        NEEDS_DK=needs_landmarks, NEEDS_BIAS=True, HAS_SEGMENTS=False, **options,
+        STEP=step, NEEDS_DK=needs_landmarks, NEEDS_BIAS=True, HAS_SEGMENTS=False, **options,
     )  # fmt: skip
     return dlandmarks.sum(0) if needs_landmarks else None, dvalues.sum(0), dbias.sum(0)
 

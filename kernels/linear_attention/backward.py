@@ -9,6 +9,7 @@ dk_j = f'(k_j) (dS v_j + dz),   dv_j = dS^T f(k_j)
 import triton
 import triton.language as tl
 
+from ..tiles import in_elements
 from .features import feature, load_S, load_tokens, load_z, slope, store_tokens, vanishes
 
 
@@ -16,7 +17,7 @@ from .features import feature, load_S, load_tokens, load_z, slope, store_tokens,
 def linear_attention_bwd_dq_kernel(
     q_ptr, sums_ptr, do_ptr, dq_ptr, inverse_ptr, weight_ptr,
     q_strides, do_strides, dq_strides, num_heads, length, num_tiles,
-    GROUP: tl.constexpr, MAP: tl.constexpr,
+    STEP: tl.constexpr, GROUP: tl.constexpr, MAP: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -28,6 +29,8 @@ def linear_attention_bwd_dq_kernel(
     in_range = tokens < length
     sums_ptr += head_at // GROUP * (D * (D + 1))
     z = load_z(sums_ptr, D, BLOCK_D)
+    q_strides, do_strides = in_elements(q_strides, STEP), in_elements(do_strides, STEP)
+    dq_strides = in_elements(dq_strides, STEP)
     q_ptr += batch * q_strides[0] + head * q_strides[1]
     do_ptr += batch * do_strides[0] + head * do_strides[1]
     q = load_tokens(q_ptr, start, q_strides[2], in_range, 0, D, BLOCK_N, BLOCK_D)
@@ -52,8 +55,8 @@ def linear_attention_bwd_dq_kernel(
 @triton.jit(do_not_specialize=["num_heads", "length", "num_tiles"])
 def linear_attention_bwd_dkv_kernel(
     k_ptr, v_ptr, mask_ptr, dsums_ptr, dk_ptr, dv_ptr,
-    k_strides, v_strides, mask_stride, dk_strides, dv_strides, num_heads, length, num_tiles,
-    HAS_MASK: tl.constexpr, MAP: tl.constexpr,
+    k_strides, v_strides, dk_strides, dv_strides, mask_stride, num_heads, length, num_tiles,
+    STEP: tl.constexpr, HAS_MASK: tl.constexpr, MAP: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -67,6 +70,8 @@ def linear_attention_bwd_dkv_kernel(
     if HAS_MASK:
         is_shown = tl.load(mask_ptr + batch * mask_stride + tokens, mask=in_range, other=0) != 0
     dsums_ptr += head_at * (D * (D + 1))
+    k_strides, v_strides = in_elements(k_strides, STEP), in_elements(v_strides, STEP)
+    dk_strides, dv_strides = in_elements(dk_strides, STEP), in_elements(dv_strides, STEP)
     k_ptr += batch * k_strides[0] + head * k_strides[1]
     v_ptr += batch * v_strides[0] + head * v_strides[1]
     k = load_tokens(k_ptr, start, k_strides[2], is_shown, 0, D, BLOCK_N, BLOCK_D)

@@ -9,6 +9,7 @@ inputs: their sums are not bound to the range of float16.
 import triton
 import triton.language as tl
 
+from ..tiles import in_elements
 from .features import feature, load_S, load_tokens, load_z, store_tokens, vanishes
 
 
@@ -16,8 +17,9 @@ from .features import feature, load_S, load_tokens, load_z, store_tokens, vanish
 def linear_attention_sums_kernel(
     x_ptr, y_ptr, mask_ptr, inverse_ptr, weight_ptr, part_ptr,
     x_strides, y_strides, mask_stride, num_heads, length, chunk,
-    HAS_MASK: tl.constexpr, IS_BACKWARD: tl.constexpr, GROUP: tl.constexpr, MAP: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    STEP: tl.constexpr, HAS_MASK: tl.constexpr, IS_BACKWARD: tl.constexpr, GROUP: tl.constexpr,
+    MAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Parts of sum_n f(x_n) y_n^T and sum_n f(x_n): of S and z, or with IS_BACKWARD of dS and dz.
 
@@ -29,6 +31,7 @@ def linear_attention_sums_kernel(
     heads = num_heads // GROUP
     batch, head = head_at // heads, head_at % heads
     mask_ptr += batch * mask_stride
+    x_strides, y_strides = in_elements(x_strides, STEP), in_elements(y_strides, STEP)
     S = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
     z = tl.zeros([BLOCK_D], tl.float32)
     first = part * chunk
@@ -66,7 +69,7 @@ def linear_attention_sums_kernel(
 @triton.jit(do_not_specialize=["num_heads", "length", "num_tiles"])
 def linear_attention_fwd_kernel(
     q_ptr, sums_ptr, o_ptr, q_strides, o_strides, num_heads, length, num_tiles,
-    GROUP: tl.constexpr, MAP: tl.constexpr,
+    STEP: tl.constexpr, GROUP: tl.constexpr, MAP: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -76,6 +79,7 @@ def linear_attention_fwd_kernel(
     start = (tl.program_id(0) % num_tiles) * BLOCK_N
     in_range = start + tl.arange(0, BLOCK_N) < length
     sums_ptr += head_at // GROUP * (D * (D + 1))
+    q_strides, o_strides = in_elements(q_strides, STEP), in_elements(o_strides, STEP)
     q_ptr += batch * q_strides[0] + head * q_strides[1]
     q = load_tokens(q_ptr, start, q_strides[2], in_range, 0, D, BLOCK_N, BLOCK_D)
     f = feature(q, MAP)  # past column D the sums are 0

@@ -28,10 +28,11 @@ def forward(q: Tensor, total: Tensor, feature_map: str) -> Tensor:
     q = _raised(q)
     options = _row_options(q, feature_map)
     num_tiles = triton.cdiv(q.shape[2], options["BLOCK_N"])
+    step, strides = launching.in_steps(q, out)
     with _device(q):
         linear_attention_fwd_kernel[(q.shape[0] * q.shape[1] * num_tiles,)](
-            q, total, out, q.stride()[:3], out.stride()[:3], q.shape[1], q.shape[2], num_tiles,
-            GROUP=q.shape[1] // total.shape[1], **options,
+            q, total, out, *strides, q.shape[1], q.shape[2], num_tiles,
+            STEP=step, GROUP=q.shape[1] // total.shape[1], **options,
         )  # fmt: skip
     return out
 
@@ -55,16 +56,18 @@ def backward(
     inverse, weight = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
     with _device(q):
         num_tiles = triton.cdiv(q.shape[2], options["BLOCK_N"])
+        step, strides = launching.in_steps(q, dout, dq)
         linear_attention_bwd_dq_kernel[(q.shape[0] * q.shape[1] * num_tiles,)](
-            q, total, dout, dq, inverse, weight, q.stride()[:3], dout.stride()[:3],
-            dq.stride()[:3], q.shape[1], q.shape[2], num_tiles, GROUP=group, **options,
+            q, total, dout, dq, inverse, weight, *strides,
+            q.shape[1], q.shape[2], num_tiles, STEP=step, GROUP=group, **options,
         )  # fmt: skip
         dtotal = _sums(q, dout, None, (inverse, weight), feature_map, group)
         num_tiles = triton.cdiv(k.shape[2], options["BLOCK_N"])
         mask, mask_stride = _mask(key_mask, dtotal)
+        step, strides = launching.in_steps(k, v, dk, dv)
         linear_attention_bwd_dkv_kernel[(k.shape[0] * k.shape[1] * num_tiles,)](
-            k, v, mask, dtotal, dk, dv, k.stride()[:3], v.stride()[:3], mask_stride,
-            dk.stride()[:3], dv.stride()[:3], k.shape[1], k.shape[2], num_tiles,
+            k, v, mask, dtotal, dk, dv, *strides, mask_stride,
+            k.shape[1], k.shape[2], num_tiles, STEP=step,
             HAS_MASK=key_mask is not None, **options,
         )  # fmt: skip
     return dq, dk, dv
@@ -90,10 +93,12 @@ def _sums(
     part = x.new_empty((parts, *shape), dtype=torch.float32)
     inverse, weight = (part, part) if rows is None else rows
     mask, mask_stride = _mask(key_mask, part)
+    step, strides = launching.in_steps(x, y)
     with _device(x):
         linear_attention_sums_kernel[(shape[0] * shape[1], parts)](
-            x, y, mask, inverse, weight, part, x.stride()[:3], y.stride()[:3], mask_stride,
-            heads, length, chunk, HAS_MASK=key_mask is not None, IS_BACKWARD=rows is not None,
+            x, y, mask, inverse, weight, part, *strides, mask_stride,
+            heads, length, chunk,
+            STEP=step, HAS_MASK=key_mask is not None, IS_BACKWARD=rows is not None,
             GROUP=group, **options,
         )  # fmt: skip
     return part.sum(0)
