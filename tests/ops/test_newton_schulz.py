@@ -72,10 +72,7 @@ def test_products_of_half_precision_landmarks_are_float32(dtype, impl):
         require_close(name, found[name], truth[name], truth[name].norm(), dtype)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, marks=pytest.mark.slow if c in ("m49", "m64", "m70") else ()) for c in CASES],
-)
+@pytest.mark.parametrize("case", CASES)
 def test_triton_path(case):
     check(attend("triton"), attend("reference"), make(CASES[case], device=DEVICES["triton"]))
 
