@@ -36,7 +36,8 @@ class PoolRow(NamedTuple):
 #             num_ids  chunk  warps  stages
 SELECT = (
     SelectRow(   1024,  1024,     4,      1),
-    SelectRow(   None,  2048,     8,      2),
+    SelectRow(   2048,  2048,     8,      1),
+    SelectRow(   None,  1024,     4,      2),
 )
 
 #              D  tile  warps  stages
