@@ -86,6 +86,9 @@ def test_the_first_of_equal_tokens_gets_the_gradient_of_a_maximum():
 def test_every_head_dim_and_row_length_has_a_row():
     for head_dim in range(16, 257, 8):
         assert head_dim <= tuning.pick_pool(head_dim).head_dim
-    assert tuning.pick_select(1024).num_ids == 1024 and tuning.pick_select(1025).num_ids is None
+    for num_ids in (1, 1024, 1025, 2048, 2049, 10**6):
+        row = tuning.pick_select(num_ids)
+        assert row.num_ids is None or num_ids <= row.num_ids <= row.chunk
+    assert tuning.pick_select(2049).num_ids is None
     with pytest.raises(NotImplementedError, match="no launch row for head dim 257"):
         tuning.pick_pool(257)
