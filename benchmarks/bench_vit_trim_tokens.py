@@ -4,7 +4,8 @@ Behind the third block only the most salient tokens go on, and at the end they a
 the others: attention and MLPs of nine blocks see `keep` of the tokens. The saliency is random and
 gets its gradient; the predictor that would make it, less than 1 % of the work, is left out. Density
 is the share of the dense network's operations, so 1 / density is the gain that counting predicts.
-All weights are one flat tensor, an input like the others.
+All weights are one flat tensor, an input like the others; its length says how many blocks there
+are. The gate judges four blocks, with as many tokens as are timed: float64 of twelve takes minutes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from sparseattn.benchmarks.registry import Benchmark, Case, Problem, Provider, W
 
 EMBED, HEADS, PATCH, MLP = 384, 6, 16, 4
 DENSE_BLOCKS = 3  # in front of the choice
+JUDGED_BLOCKS = 4
 
 # (q, k, v, saliency of the keys) -> o
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -51,19 +53,20 @@ def build(case: Case) -> Problem:
     saliency = 1 - torch.rand((batch, tokens), generator=random, device=case.device)
     weights = torch.cat([w.flatten() for w in drawn(depth, random, case.device)])
     inputs = tuple(x.to(case.dtype).requires_grad_() for x in (picture, saliency, weights))
+    judged = inputs[2].detach()[: num_weights(min(depth, JUDGED_BLOCKS))].clone().requires_grad_()
     moved = float(sum(x.numel() * x.element_size() for x in inputs))
     dense = vit_flops(batch, [tokens] * depth)
     trimmed = vit_flops(batch, [tokens] * DENSE_BLOCKS + [count] * (depth - DENSE_BLOCKS))
 
     def checked(attend: Attend | None) -> Callable[..., Tensor]:
         def reference(rows: Tensor, *inputs: Tensor) -> Tensor:
-            return vit(inputs, depth, count, attend, naive, save_memory=True)[:, rows]
+            return vit(inputs, count, attend, naive, save_memory=True)[:, rows]
 
         return reference
 
     def provider(name: str, attend: Attend | None, **options: Any) -> Provider:
         def call(*inputs: Tensor) -> Tensor:
-            return vit(inputs, depth, count, attend, sdpa)
+            return vit(inputs, count, attend, sdpa)
 
         return Provider(name, call, **options)
 
@@ -77,6 +80,7 @@ def build(case: Case) -> Problem:
         reference=checked(biased_naive),
         work=Work(trimmed, moved, 2 * trimmed, 2 * moved, dense),
         density=trimmed / dense,
+        judged=(*inputs[:2], judged),
     )
 
 
@@ -95,9 +99,13 @@ def drawn(depth: int, random: torch.Generator, device: torch.device) -> Iterator
                 yield normal(shape)
 
 
+def num_weights(depth: int) -> int:
+    """Count the weights of the embedding and of `depth` blocks."""
+    return math.prod(EMBEDDING) + depth * sum(map(math.prod, SHAPES))
+
+
 def vit(
     inputs: tuple[Tensor, ...],
-    depth: int,
     count: int,
     attend: Attend | None,
     attend_first: Attend,
@@ -109,6 +117,7 @@ def vit(
     none. attend_first: of the others.
     """
     picture, saliency, weights = inputs
+    depth = (len(weights) - num_weights(0)) // (num_weights(1) - num_weights(0))
     shapes = [EMBEDDING, *SHAPES * depth]
     parts = weights.split([math.prod(shape) for shape in shapes])
     embedding, *rest = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))

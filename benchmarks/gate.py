@@ -1,8 +1,9 @@
 """The gate before the stopwatch: no speed is printed for a wrong result.
 
-At the size that is timed, a cotangent that is zero but for some rows makes output and gradients
-depend on those rows alone. So the naive reference of these rows, in float64 and in the dtype of
-the inputs, is enough to judge the whole of every gradient by the tolerance rule of the tests.
+At the size that is timed, or that of `Problem.judged`, a cotangent that is zero but for some rows
+makes output and gradients depend on those rows alone. So the naive reference of these rows, in
+float64 and in the dtype of the inputs, is enough to judge the whole of every gradient by the
+tolerance rule of the tests.
 """
 
 from __future__ import annotations
@@ -37,12 +38,13 @@ class Gate:
 
     def __init__(self, problem: Problem, seed: int = 0) -> None:
         self.problem = problem
+        self.inputs = problem.inputs if problem.judged is None else problem.judged
         self.seed = seed
         self._known: dict[Callable[..., Tensor], list[list[Any]]] = {}
 
     def judge(self, provider: Provider) -> Verdict:
         """Run forward, and backward where there is one, and hold both against the reference."""
-        inputs = self.problem.inputs
+        inputs = self.inputs
         built = () if provider.index is None else (provider.index(),)
         leaves = [x for x in inputs if x.requires_grad]
         out = provider.call(*inputs, *built)
@@ -79,7 +81,7 @@ class Gate:
         """
 
         def run(wide: bool, change: Change = Tensor.clone) -> list[Tensor]:
-            inputs = [_copy(x, wide, change) for x in self.problem.inputs]
+            inputs = [_copy(x, wide, change) for x in self.inputs]
             leaves = [x for x in inputs if x.requires_grad]
             out = reference(rows, *inputs)
             sent = change(dout.to(out.dtype))

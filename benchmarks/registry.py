@@ -89,6 +89,8 @@ class Problem:
     density: the share of the dense work that the problem really has.
     sums: whether output and gradients are sums of products of the inputs and what is sent, so that
         long ones may err by their length (decision 0009).
+    judged: inputs that the gate takes in place of `inputs`, where float64 at the size that is timed
+        takes minutes: a shorter network through the same calls.
     """
 
     inputs: tuple[Tensor, ...]
@@ -97,6 +99,7 @@ class Problem:
     work: Work
     density: float = 1.0
     sums: bool = False
+    judged: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)
