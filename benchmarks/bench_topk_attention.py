@@ -1,7 +1,8 @@
 """Top-k attention against dense attention: pooling, choice and lists are in every time.
 
-Queries and keys are normal, so every row keeps as many blocks, all over the sequence. The peer is
-FlexAttention with the same choice made by torch.
+Queries and keys are normal, so every row keeps as many blocks, all over the sequence.
+`in-two-steps` is the same op with the choice and its lists as an index, which is timed alone too.
+The peer is FlexAttention with the same choice made by torch.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseattn import topk_attention
+from sparseattn import BlockMask, block_sparse_attention, topk_attention
 from sparseattn.benchmarks.attention import (
     attention_rows,
     attention_work,
@@ -22,6 +23,7 @@ from sparseattn.benchmarks.attention import (
 )
 from sparseattn.benchmarks.bench_block_sparse_attention import flex_mask
 from sparseattn.benchmarks.registry import Benchmark, Case, Problem, Provider
+from sparseattn.ops import topk_attention as op
 
 
 def build(case: Case) -> Problem:
@@ -35,7 +37,13 @@ def build(case: Case) -> Problem:
     density = float(mask.density())
     kept = mask.block_states() != -1
 
-    def choose() -> Any:
+    def choose() -> BlockMask:
+        weights, scale = (None, None), q.shape[3] ** -0.5
+        impl = "triton" if q.is_cuda else "torch"
+        options = ((block, block), "top_k", "mean", None, weights, None, scale, impl)
+        return op.choose(q.detach(), k.detach(), keep, *options)[0]
+
+    def choose_flex() -> Any:
         pooled = (x.detach().float().unflatten(2, (-1, block)).mean(3) for x in (q, k))
         pooled_q, pooled_k = pooled
         count = mask.rows.capacity // mask.num_q_blocks
@@ -49,7 +57,8 @@ def build(case: Case) -> Problem:
         inputs=(q, k, v),
         providers=(
             Provider("sparseattn", attend, ours=True),
-            *flex_providers(case, q, k, choose, lambda: mask.to_flex()),
+            Provider("in-two-steps", block_sparse_attention, choose, ours=True),
+            *flex_providers(case, q, k, choose_flex, lambda: mask.to_flex()),
             *dense_baselines(case, q, k),
         ),
         reference=reference,

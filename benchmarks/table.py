@@ -9,9 +9,9 @@ from itertools import pairwise
 from sparseattn.benchmarks.runner import Record
 
 HEAD = (
-    "provider", "forward ms (p20-p80)", "backward ms", "both ms (p20-p80)", "index ms", "full ms",
-    "gain fwd", "gain full", "TFLOP/s useful", "dense-eq.", "GB/s", "x floor", "peak MB",
-    "scratch MB", "error",
+    "provider", "forward ms (p20-p80)", "backward ms", "both ms (p20-p80)", "index ms (of full)",
+    "full ms", "gain fwd", "gain full", "TFLOP/s useful", "dense-eq.", "GB/s", "x floor",
+    "peak MB", "scratch MB", "error",
 )  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def cells(modes: dict[str | None, Record]) -> list[str]:
         _span(forward),
         number(backward.get("p50")),
         _span(both),
-        number(modes.get("index", {}).get("p50")),
+        _share(modes.get("index", {}), full),
         number(full.get("p50")),
         gain(forward),
         gain(full),
@@ -83,6 +83,13 @@ def _span(record: Record) -> str:
     if not record:
         return "-"
     return f"{number(record['p50'])} ({number(record['p20'])}-{number(record['p80'])})"
+
+
+def _share(index: Record, full: Record) -> str:
+    """Return the time of the index, and what share of the full time that is."""
+    if "p50" not in index or "p50" not in full:
+        return number(index.get("p50"))
+    return f"{number(index['p50'])} ({100 * index['p50'] / full['p50']:.0f}%)"
 
 
 def _pair(forward: Record, both: Record, key: str) -> str:

@@ -181,10 +181,8 @@ def _ours(modes: dict[str, Record], mode: str) -> Record:
 
     Of several providers of ours the first is the op as it is; others compute something else.
     """
-    found: dict[str, Record] = {}
-    for record in modes.values():
-        if record["ours"] and record.get("mode"):
-            found.setdefault(record["mode"], record)
+    ours = [record for record in modes.values() if record["ours"] and record.get("mode")]
+    found = {r["mode"]: r for r in ours if r["provider"] == ours[0]["provider"]}
     return found.get(mode) or (found.get("both", {}) if mode == "full" else {})
 
 

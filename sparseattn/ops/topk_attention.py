@@ -156,7 +156,7 @@ def topk_attention(
         with torch.autocast(q.device.type, enabled=False):
             out, mask = reference(q, k, v, key_mask, **choice)
     else:
-        mask, block_gate = _choose(q, k, **choice, impl=chosen)
+        mask, block_gate = choose(q, k, **choice, impl=chosen)
         out = block_sparse_attention(
             q, k, v, mask, key_mask=key_mask, block_gate=block_gate, scale=scale, impl=chosen
         )
@@ -181,7 +181,7 @@ def _sharded(
     return sharded.attend(_OP, run, qkv, tensors)[0]
 
 
-def _choose(
+def choose(
     q: Tensor,
     k: Tensor,
     keep: int | float | Tensor,
