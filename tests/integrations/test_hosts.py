@@ -21,7 +21,7 @@ METHODS = {"topk": {"keep": 0.25, **BLOCKS}, "saliency": {"keep": 0.25, "predict
 def timm_model(name, size=64, **options):
     import timm
 
-    small = {"img_size": size, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    small = {"img_size": size, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 40}
     model = timm.create_model(name, pretrained=False, **small, **options)
     return model, {"x": torch.randn(2, 3, size, size)}
 
@@ -54,7 +54,7 @@ def monai_vit():
 
     model = ViT(
         1, (32, 32), (4, 4), hidden_size=32, mlp_dim=64, num_layers=2, num_heads=2,
-        classification=True, num_classes=3, spatial_dims=2,
+        classification=True, num_classes=40, spatial_dims=2,
     )  # fmt: skip
     return model, {"x": torch.randn(2, 1, 32, 32)}
 
@@ -95,7 +95,9 @@ BUILT = {}
 def fresh(name):
     """Return a copy of a host model in eval, and its inputs."""
     if name not in BUILT:
-        BUILT[name] = HOSTS[name]()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # the same whichever test comes first
+            BUILT[name] = HOSTS[name]()
     model, inputs = BUILT[name]
     return copy.deepcopy(model).eval(), inputs
 
@@ -230,7 +232,7 @@ def test_exports(converted):
     assert torch.equal(run(program.module(), inputs), run(model, inputs))
 
 
-def test_autocast(host):
+def test_autocast(host):  # with gradients: torch's fused encoder layer fails in autocast
     model, inputs, _ = host
     convert(model, "topk", keep=1.0, **BLOCKS)
     narrow = {}
@@ -243,8 +245,15 @@ def test_autocast(host):
         truth = run(copy.deepcopy(each).double(), wide(inputs))
     assert narrow["sparse"].dtype == narrow["dense"].dtype
     require(judge("out", narrow["sparse"].detach(), narrow["dense"].detach(), truth))
+
+
+@every_method
+def test_autocast_has_gradients_for_all_that_learns(converted):
+    model, inputs = converted
+    wanted = gradients(model, inputs)
     with torch.autocast("cpu", torch.bfloat16):
         found = gradients(model, inputs)
+    assert found.keys() == wanted.keys()
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in found.values())
 
 
