@@ -38,10 +38,11 @@ def build(case: Case) -> Problem:
     kept = mask.block_states() != -1
 
     def choose() -> BlockMask:
-        weights, scale = (None, None), q.shape[3] ** -0.5
-        impl = "triton" if q.is_cuda else "torch"
-        options = ((block, block), "top_k", "mean", None, weights, None, scale, impl)
-        return op.choose(q.detach(), k.detach(), keep, *options)[0]
+        return op.choose(
+            q.detach(), k.detach(), keep, (block, block), mode="top_k", pooling="mean",
+            always=None, weights=(None, None), gate=None, scale=q.shape[3] ** -0.5,
+            impl="triton" if q.is_cuda else "torch",
+        )[0]  # fmt: skip
 
     def choose_flex() -> Any:
         pooled = (x.detach().float().unflatten(2, (-1, block)).mean(3) for x in (q, k))
