@@ -86,7 +86,7 @@ def _forward(
         there = _window(x, taps, groups)
         return forward.forward(x, neighbours, order, weight, bias, there).to(x.dtype)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        problem = blocked.Problem(x, neighbours, tuple(reach), taps, groups)
+        problem = blocked.Problem(x.contiguous(), neighbours, tuple(reach), taps, groups)
         return blocked.forward(problem, weight, bias)
 
 
@@ -107,7 +107,7 @@ def _backward(
             dw = backward.weight_gradient(x, dy, neighbours, there)
     else:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            problem = blocked.Problem(x, neighbours, tuple(reach), taps, groups)
+            problem = blocked.Problem(x.contiguous(), neighbours, tuple(reach), taps, groups)
             if needs_x:
                 dx = blocked.input_gradient(problem._replace(x=dy), weight)
             if needs_weight:

@@ -216,6 +216,8 @@ def _multiply(
 
 def _parts(problem: Problem, shape: torch.Size) -> list[slice]:
     """Cut the input's channels so that their weights, of all of `shape`, fit the workspace."""
+    if problem.window.taps == 1:
+        return [slice(0, shape[1])]  # the weights of one tap are a matrix as they are
     each = 4 * max(1, problem.window.taps * shape[0])
     step = max(LEAST_CHANNELS, WORKSPACE // 4 // each // 8 * 8)
     return [slice(first, min(first + step, shape[1])) for first in range(0, shape[1], step)]
