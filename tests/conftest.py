@@ -8,6 +8,11 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+# Each worker of pytest-xdist computes with two threads. Where that is more threads than cores,
+# OpenMP's waiting threads would hold the core that the working one needs: they sleep instead.
+# The library reads the variable when it is loaded, with torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import hypothesis
 import numpy as np
 import pytest
