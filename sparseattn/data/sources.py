@@ -65,7 +65,7 @@ def image_classes(
     """
     if source in SAMPLES:
         return SAMPLES[source](seed)
-    folder, problems = Path(source), Problems(on_error)
+    folder, problems, unsure = Path(source), Problems(on_error), 0
     if not folder.is_dir():
         raise ValueError(
             f"data: source is {source!r}; expected a folder, or one of {', '.join(SAMPLES)}"
@@ -80,7 +80,7 @@ def image_classes(
             reader = functools.partial(reader, uncertain=uncertain)
         records = reader(folder, Path(table), problems)
         classes, labelled = _told(records, target)
-        parts = [labelled]
+        parts, unsure = [labelled], len(records) - len(labelled)
     else:
         known = ", ".join(["folders", *TABLES])
         raise ValueError(f"data: layout is {layout!r}; expected one of {known}")
@@ -93,6 +93,7 @@ def image_classes(
     channels = len(load_image(parts[0][0][0].path))
     train, test = (Pictures(part, size, channels) for part in parts)
     about = f"pictures of {folder.name} ({layout}), {size} x {size} pixels"
+    about += f"; {unsure} with an uncertain {target} are left out" if unsure else ""
     return Split(train, test, about, classes, channels, problems)
 
 

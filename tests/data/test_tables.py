@@ -63,6 +63,7 @@ def test_chexpert_trains_on_one_finding(tmp_path: Path) -> None:
         uncertain="ignore",
     )  # fmt: skip
     assert split.classes == ("no Edema", "Edema") and len(split.train) + len(split.test) == 3
+    assert split.about.endswith("; 1 with an uncertain Edema are left out")
     with pytest.raises(ValueError, match="target is 'Cold'; expected one of Atelectasis"):
         image_classes(str(tmp_path), layout="chexpert", table=path, target="Cold", on_error="skip")
 

@@ -12,6 +12,7 @@ from sparseattn.data.pairs import NAMES, image_texts, numbers, word_numbers
 from sparseattn.data.problems import DataError
 from sparseattn.testing.files import cut, picture, table
 from sparseattn.training.metrics import retrieval_metrics
+from sparseattn.training.recipes.adaptor import AdaptorRecipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -63,3 +64,9 @@ def test_retrieval() -> None:
     assert found["recall_at_1_by_chance"] == pytest.approx(1 / 3)
     found = retrieval_metrics(similarity, torch.ones(3, 3).bool())
     assert found["recall_at_1"] == 1
+
+
+def test_a_text_encoder_with_a_tokenizer_is_refused() -> None:
+    """Words that are numbered by a hash would mean nothing to it."""
+    with pytest.raises(ValueError, match="text_name is 'hf:bert'; expected words"):
+        AdaptorRecipe.configure(numbers(), {"text_name": "hf:bert"})

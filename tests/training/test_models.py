@@ -44,10 +44,9 @@ CASES = {
     "sparsecontrast": Case(
         "digits",
         "timm",
-        "--epochs 2 --batch-size 64 --lr 5e-3",
-        "patch=2 dim=32 depth=2 heads=2 start=0 predictor_dim=8 projector_dim=16 crop=0.7 "
-        "temperature=0.2",
-        0.99,
+        "--epochs 6 --batch-size 64 --lr 5e-3",
+        "patch=2 dim=32 depth=2 heads=2 predictor_dim=16 crop=0.7 temperature=0.2",
+        0.9,
         "view_recall",
         {"kept_tokens.png", "share_of_tokens.png"},
     ),

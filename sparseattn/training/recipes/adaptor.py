@@ -47,7 +47,13 @@ class AdaptorRecipe(Recipe):
     @classmethod
     def configure(cls, split: Split, changes: Mapping[str, Any]) -> AdaptorConfig:
         """Make the adaptor as small as the tiny encoders, unless other encoders are named."""
-        tiny = not {"image_name", "text_name"} & changes.keys()
+        text = changes.get("text_name", "words")
+        if text != "words":
+            raise ValueError(
+                f"adaptor: text_name is {text!r}; expected words: here words are numbered by a "
+                "hash, and an encoder with a tokenizer of its own is trained from Python"
+            )
+        tiny = "image_name" not in changes
         small = {"dim": 64, "heads": 4, "queries": 8, "project": 64} if tiny else {}
         return AdaptorConfig(**{**small, **changes})
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from sparseattn.data.sources import images_alone
-from sparseattn.data.split import Split, count
+from sparseattn.data.split import Split
 from sparseattn.data.volumes import nnunet_blocks
 from sparseattn.models.hyspark import HySparK, HySparKConfig
 from sparseattn.training.options import TrainOptions
 from sparseattn.training.recipe import History, Recipe, data_options
+from sparseattn.training.recipes.shared import fullest_volume
 from sparseattn.viz.report import Picture
 from sparseattn.viz.run_page import planes_picture
 
@@ -56,7 +57,7 @@ class HySparKRecipe(Recipe):
 
     def pictures(self, model: nn.Module, split: Split, history: History) -> list[Picture]:
         """Show a test volume in three planes: true, as the encoder sees it, and filled in."""
-        volume = split.test[count(split.test) // 2]["images"][None]
+        volume = fullest_volume(split)["images"][None]
         torch.manual_seed(0)
         net: Any = model
         found = net.reconstruct(volume)._asdict()

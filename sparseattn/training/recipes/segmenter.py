@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from sparseattn.data.samples import SEGMENTED
-from sparseattn.data.split import Split, count
+from sparseattn.data.split import Split
 from sparseattn.data.volumes import nnunet_blocks
 from sparseattn.models import HySparKSegmenter
 from sparseattn.training.metrics import dice_metrics
 from sparseattn.training.options import TrainOptions
 from sparseattn.training.recipe import History, Recipe
 from sparseattn.training.recipes.hyspark import HySparKRecipe, volume_options
-from sparseattn.training.recipes.shared import FineTuning, history_picture
+from sparseattn.training.recipes.shared import FineTuning, fullest_volume, history_picture
 from sparseattn.viz.report import Picture
 from sparseattn.viz.run_page import coloured, planes_picture
 
@@ -60,7 +60,7 @@ class HySparKSegmenterRecipe(FineTuning):
 
     def pictures(self, model: nn.Module, split: Split, history: History) -> list[Picture]:
         """Show a test volume in three planes, with its true classes and those predicted."""
-        example = split.test[count(split.test) // 2]
+        example = fullest_volume(split)
         volume = example["images"].mean(0)
         with torch.no_grad():
             predicted = model(example["images"][None]).logits[0].argmax(0)

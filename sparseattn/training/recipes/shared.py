@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseattn.data.sources import image_classes
-from sparseattn.data.split import Split, count
+from sparseattn.data.split import Example, Split, count
 from sparseattn.training.metrics import classification_metrics
 from sparseattn.training.options import TrainOptions
 from sparseattn.training.recipe import History, Recipe, data_options
@@ -73,9 +73,17 @@ def history_picture(
 
 def shown_images(split: Split, most: int = SHOWN) -> Tensor:
     """Return `most` test images, evenly spaced."""
+    return torch.stack([example["images"] for example in _spaced(split, most)])
+
+
+def fullest_volume(split: Split) -> Example:
+    """Return that of some test examples whose image has the most voxels above 0."""
+    return max(_spaced(split, 16), key=lambda example: int((example["images"] > 0).sum()))
+
+
+def _spaced(split: Split, most: int) -> list[Example]:
     step = max(1, count(split.test) // most)
-    shown = range(0, min(count(split.test), step * most), step)
-    return torch.stack([split.test[index]["images"] for index in shown])
+    return [split.test[i] for i in range(0, min(count(split.test), step * most), step)]
 
 
 def first_of_each_class(split: Split) -> tuple[Tensor, Tensor]:

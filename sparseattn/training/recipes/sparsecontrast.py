@@ -20,8 +20,8 @@ from sparseattn.viz.run_page import images_picture
 
 GRID = 8  # patches a side of a small image
 SMALL = {  # a model that a CPU trains on small crops, where nothing else is asked for
-    "backbone": "vit_tiny_patch16_224", "dim": 96, "depth": 4, "heads": 3, "start": 1, "stages": 1,
-    "predictor_dim": 32,
+    "backbone": "vit_tiny_patch16_224", "dim": 64, "depth": 3, "heads": 2, "start": 1, "stages": 1,
+    "predictor_dim": 32, "crop": 0.7,
 }  # fmt: skip
 
 
@@ -32,7 +32,7 @@ class SparseContrastRecipe(Recipe):
     summary: ClassVar[str] = "learn features by contrast from the most salient tokens"
     model_type: ClassVar[type[nn.Module]] = SparseContrast
     config_type: ClassVar[type] = SparseContrastConfig
-    defaults: ClassVar[dict[str, Any]] = {"epochs": 30, "batch_size": 64, "lr": 5e-4}
+    defaults: ClassVar[dict[str, Any]] = {"epochs": 20, "batch_size": 64, "lr": 1e-3}
     drop_last: ClassVar[bool] = True
 
     def __init__(self, config: SparseContrastConfig) -> None:
@@ -50,7 +50,7 @@ class SparseContrastRecipe(Recipe):
         side = split.test[0]["images"].shape[-1]
         given: dict[str, Any] = {"image_size": side, "channels": split.channels}
         if side < SparseContrastConfig.image_size and "backbone" not in changes:
-            given |= {"patch": max(1, side // GRID), **SMALL}
+            given |= {"patch": max(2, side // GRID), **SMALL}
         return SparseContrastConfig(**{**given, **changes})
 
     def build(self) -> nn.Module:
