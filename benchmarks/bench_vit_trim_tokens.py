@@ -26,6 +26,7 @@ from sparseattn.benchmarks.registry import Benchmark, Case, Problem, Provider, W
 EMBED, HEADS, PATCH, MLP = 384, 6, 16, 4
 DENSE_BLOCKS = 3  # in front of the choice
 JUDGED_BLOCKS = 4
+SLICE = 128  # queries
 
 # (q, k, v, saliency of the keys) -> o
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -60,7 +61,8 @@ def build(case: Case) -> Problem:
 
     def checked(attend: Attend | None) -> Callable[..., Tensor]:
         def reference(rows: Tensor, *inputs: Tensor) -> Tensor:
-            return vit(inputs, count, attend, naive, save_memory=True)[:, rows]
+            behind = None if attend is None else in_slices(attend)
+            return vit(inputs, count, behind, in_slices(naive))[:, rows]
 
         return reference
 
@@ -109,7 +111,6 @@ def vit(
     count: int,
     attend: Attend | None,
     attend_first: Attend,
-    save_memory: bool = False,
 ) -> Tensor:
     """Run the network; the tokens [B, N, EMBED] behind the last block.
 
@@ -125,33 +126,38 @@ def vit(
     patches = rearrange(picture, "b c (y p) (x q) -> b (y x) (c p q)", p=PATCH, q=PATCH)
     x = linear(patches, embedding)
     for own in blocks[:DENSE_BLOCKS]:
-        x = block(x, saliency, own, attend_first, save_memory)
+        x = block(x, saliency, own, attend_first)
     if attend is None:
         x = x + 0 * saliency.sum()  # not read, but differentiated as in the others
         for own in blocks[DENSE_BLOCKS:]:
-            x = block(x, saliency, own, attend_first, save_memory)
+            x = block(x, saliency, own, attend_first)
         return x
     place = saliency.detach().topk(count).indices.sort().values
     spread = place[..., None].expand(-1, -1, EMBED)
     kept, kept_saliency = x.gather(1, spread), saliency.gather(1, place)
     for own in blocks[DENSE_BLOCKS:]:
-        kept = block(kept, kept_saliency, own, attend, save_memory)
+        kept = block(kept, kept_saliency, own, attend)
     return x.scatter(1, spread, kept)
 
 
-def block(
-    x: Tensor, saliency: Tensor, weights: list[Tensor], attend: Attend, save_memory: bool
-) -> Tensor:
-    """One pre-norm block; with save_memory its backward computes the forward again."""
+def block(x: Tensor, saliency: Tensor, weights: list[Tensor], attend: Attend) -> Tensor:
+    """One pre-norm block."""
     norm1, project, out, norm2, up, down = weights
+    qkv = F.linear(norm(x, norm1), project)
+    q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=HEADS)
+    x = x + linear(rearrange(attend(q, k, v, saliency), "b h n d -> b n (h d)"), out)
+    return x + linear(F.gelu(linear(norm(x, norm2), up)), down)
 
-    def run(x: Tensor, saliency: Tensor) -> Tensor:
-        qkv = F.linear(norm(x, norm1), project)
-        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=HEADS)
-        x = x + linear(rearrange(attend(q, k, v, saliency), "b h n d -> b n (h d)"), out)
-        return x + linear(F.gelu(linear(norm(x, norm2), up)), down)
 
-    return checkpoint(run, x, saliency, use_reentrant=False) if save_memory else run(x, saliency)
+def in_slices(attend: Attend) -> Attend:
+    """Give the same for some queries at a time, computed again in the backward: little memory."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, saliency: Tensor) -> Tensor:
+        parts = q.split(SLICE, dim=2)
+        made = [checkpoint(attend, part, k, v, saliency, use_reentrant=False) for part in parts]
+        return torch.cat(made, dim=2)
+
+    return run
 
 
 def linear(x: Tensor, weights: Tensor) -> Tensor:
