@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -52,6 +53,14 @@ def attention_rows(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, shown: Any = N
 def attention_work(q: Tensor, k: Tensor, pairs: float) -> Work:
     """Softmax attention over `pairs` of all B * H * Nq * Nk pairs, lists read and written apart."""
     return work.attention_work(q.shape, k.shape, pairs, q.element_size())
+
+
+def compiled_peer(case: Case, eager: Provider) -> list[Provider]:
+    """On a GPU: an eager peer compiled. On a CPU, where it takes longer than it saves, nothing."""
+    if case.device.type != "cuda":
+        return []
+    call = torch.compile(eager.call, dynamic=False)
+    return [replace(eager, name=f"{eager.name}-compiled", call=call)]
 
 
 def dense_baselines(case: Case, q: Tensor, k: Tensor) -> list[Provider]:

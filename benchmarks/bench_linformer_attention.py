@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparseattn import linformer_attention
-from sparseattn.benchmarks.attention import dense_baselines, qkv
+from sparseattn.benchmarks.attention import compiled_peer, dense_baselines, qkv
 from sparseattn.benchmarks.registry import Benchmark, Case, Problem, Provider
 from sparseattn.ops.work import linformer_work
 
@@ -35,11 +35,13 @@ def build(case: Case) -> Problem:
         return linformer_attention(q[:, :, rows], k, v, *pair, impl="reference")
 
     weights = float(q.numel() // q.shape[3] * case["landmarks"] * q.element_size())
+    peer = Provider("einsum", eager, scratch_bytes=4 * weights)
     return Problem(
         inputs=(q, k, v),
         providers=(
             Provider("sparseattn", ours, ours=True),
-            Provider("einsum", eager, scratch_bytes=4 * weights),
+            peer,
+            *compiled_peer(case, peer),
             *dense_baselines(case, q, k),
         ),
         reference=reference,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparseattn import orthogonal_features, performer_attention
-from sparseattn.benchmarks.attention import dense_baselines
+from sparseattn.benchmarks.attention import compiled_peer, dense_baselines
 from sparseattn.benchmarks.registry import Benchmark, Case, Problem, Provider
 from sparseattn.ops.work import performer_work
 
@@ -50,17 +50,19 @@ def build(case: Case) -> Problem:
         return performer_attention(q[:, :, rows], k, v, directions, eps=EPS, impl="reference")
 
     features = float(q.numel() * case["features"] * q.element_size())
+    peer = Provider(
+        "eager-features",
+        eager,
+        reference=reference_with_eps,
+        scratch_bytes=8 * features / case["head_dim"],
+    )
     return Problem(
         inputs=(q, k, v),
         providers=(
             Provider("sparseattn", ours, ours=True),
             Provider("sparseattn-eps", with_eps, ours=True, reference=reference_with_eps),
-            Provider(
-                "eager-features",
-                eager,
-                reference=reference_with_eps,
-                scratch_bytes=8 * features / case["head_dim"],
-            ),
+            peer,
+            *compiled_peer(case, peer),
             *dense_baselines(case, q, k),
         ),
         reference=reference,

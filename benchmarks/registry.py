@@ -109,6 +109,7 @@ class Benchmark:
     axes: name -> default values; every combination is one case. `density`, where there is one, is
         the axis of break-even, and `tokens` that of the plots over length.
     cuda_axes: other defaults on a GPU.
+    cuda_cases: single cases on a GPU beside those; an axis that one leaves out has its first value.
     small: values for the tests, which run every provider in moments on a CPU.
     """
 
@@ -117,6 +118,7 @@ class Benchmark:
     axes: Axes
     small: Axes
     cuda_axes: Axes = field(default_factory=dict)
+    cuda_cases: tuple[dict[str, float], ...] = ()
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
 
     def cases(
@@ -131,11 +133,16 @@ class Benchmark:
         if unknown:
             known = ", ".join(self.axes)
             raise ValueError(f"{self.op}: there is no axis {unknown[0]!r}; expected one of {known}")
-        own = self.cuda_axes if device.type == "cuda" else {}
-        axes = {**self.axes, **own, **changes}
+        on_gpu = device.type == "cuda"
+        axes = {**self.axes, **(self.cuda_axes if on_gpu else {}), **changes}
+        points = [
+            dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())
+        ]
+        if on_gpu and not changes:
+            first = {axis: values[0] for axis, values in axes.items()}
+            points += [{**first, **single} for single in self.cuda_cases]
         for dtype in dtypes or self.dtypes:
-            for values in itertools.product(*axes.values()):
-                point = dict(zip(axes, values, strict=True))
+            for point in points:
                 yield Case(point, getattr(torch, dtype), device, seed)
 
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparseattn import linear_attention
 from sparseattn.benchmarks import registry
+from sparseattn.benchmarks.bench_linear_attention import causal_rows
 from sparseattn.benchmarks.registry import Benchmark, Case
 from sparseattn.benchmarks.runner import Record, Settings, run_case
 from sparseattn.benchmarks.timing import CpuTimer
@@ -114,3 +116,23 @@ def test_work_of_block_sparse_attention() -> None:
     assert moved == 4 * q.numel() * 4 + 4 * 2 * 256
     assert problem.work.of("backward")[:2] == (2.5 * flops, 2.5 * dense)
     assert problem.work.of("both")[:2] == problem.work.of("full")[:2] == (3.5 * flops, 3.5 * dense)
+
+
+def test_single_cases_join_the_default_grid_on_a_gpu_alone() -> None:
+    benchmark = registry.load("nystrom_attention")
+    for device, changes, singles in (("cuda", {}, 2), ("cpu", {}, 0), ("cuda", {"heads": (1,)}, 0)):
+        cases = benchmark.cases(torch.device(device), ("float32",), changes)
+        points = [tuple(case.axes.items()) for case in cases]
+        known = [tuple({**dict(points[0]), **single}.items()) for single in benchmark.cuda_cases]
+        assert sum(point in known for point in points) == singles
+        assert len(set(points)) == len(points)
+
+
+def test_causal_rows_are_linear_attention_of_each_prefix() -> None:
+    q, k, v = torch.randn(3, 1, 2, 9, 16, dtype=torch.float64)
+    rows = torch.tensor([0, 4, 8])
+    found = causal_rows(rows, q, k, v)
+    for place, row in enumerate(rows):
+        shown = slice(0, int(row) + 1)
+        expected = linear_attention(q[:, :, row, None], k[:, :, shown], v[:, :, shown])
+        torch.testing.assert_close(found[:, :, place, None], expected)
