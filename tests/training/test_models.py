@@ -1,6 +1,7 @@
 """Each model from the command line: a short run on real samples, its page, and its resumption."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ pytest.importorskip("accelerate", reason='needs pip install "sparseattn[train]"'
 from sparseattn.cli.main import main
 from sparseattn.training.logs import read_csv
 from sparseattn.training.loop import load_run, resume, train
+from sparseattn.training.metrics import dice_metrics
 from sparseattn.training.options import TrainOptions
 from sparseattn.training.recipe import RECIPES, recipe_type
 
@@ -193,5 +195,21 @@ def test_a_model_that_begins_with_none_says_so(tmp_path: Path) -> None:
         train("sparseattnnet", options)
 
 
+def test_dice_is_its_formula() -> None:
+    """Over all voxels of all volumes; a class that is nowhere is left out."""
+    predicted, labels = torch.randint(0, 3, (2, 5, 4, 4, 4), dtype=torch.uint8)
+    found = dice_metrics(predicted, labels, 4)
+    expected = []
+    for number in (1, 2):
+        both = ((predicted == number) & (labels == number)).sum()
+        sizes = (predicted == number).sum() + (labels == number).sum()
+        expected.append(float(2 * both / sizes))
+    assert [found["dice_1"], found["dice_2"]] == pytest.approx(expected)
+    assert found["dice"] == pytest.approx(sum(expected) / 2) and len(found) == 3
+    assert math.isnan(dice_metrics(0 * predicted, 0 * labels, 4)["dice"])
+    assert dice_metrics(predicted, 0 * labels, 4)["dice"] == 0
+
+
 def test_cases_are_recipes() -> None:
     assert set(CASES) <= set(RECIPES)
+    assert set(FINE_TUNED) == {name for name in RECIPES if recipe_type(name).begins_with}
