@@ -88,7 +88,10 @@ def dense_providers(
 
 
 def spconv_provider(sites: VoxelTensor, weight: Tensor, stride: int) -> Provider:
-    """Return spconv; on a CPU with one thread, since with two its index is wrong now and then."""
+    """Return spconv; on a CPU with one thread, since with two its index is wrong now and then.
+
+    With a stride its rows are in an order of its own; they are put in raster order, a small share.
+    """
     name, outer, inner = "spconv", weight.shape[0], weight.shape[1]
     if importlib.util.find_spec("spconv") is None:
         return Provider(name, lambda *_: weight, unavailable="spconv is not installed")
@@ -105,25 +108,36 @@ def spconv_provider(sites: VoxelTensor, weight: Tensor, stride: int) -> Provider
         module = spconv.SparseConv3d(inner, outer, 3, stride=stride, **options)
     module = module.to(weight.device, weight.dtype)
 
-    def run(x: Tensor, weight: Tensor, index: Any) -> Tensor:
+    def convolve(x: Tensor, weight: Tensor, given: Any) -> Any:
         threads = torch.get_num_threads()
         torch.set_num_threads(threads if x.is_cuda else 1)
         try:
             turned = weight.permute(0, 2, 3, 4, 1).contiguous()
-            given = (index.replace_feature(x),)
-            return torch.func.functional_call(module, {"weight": turned}, given).features
+            return torch.func.functional_call(
+                module, {"weight": turned}, (given.replace_feature(x),)
+            )
         finally:
             torch.set_num_threads(threads)
 
-    def index() -> Any:
+    def run(x: Tensor, weight: Tensor, made: tuple[Any, Tensor | None]) -> Tensor:
+        given, order = made
+        y: Tensor = convolve(x, weight, given).features
+        return y if order is None else y[order]
+
+    def index() -> tuple[Any, Tensor | None]:
         features = weight.new_ones((sites.num_voxels, inner))
         places = sites.coordinates.contiguous()
         made = spconv.SparseConvTensor(
             features, places, list(sites.spatial_shape), sites.batch_size
         )
         with torch.no_grad():
-            run(features, weight.detach(), made)
-        return made
+            y = convolve(features, weight.detach(), made)
+        if stride == 1:
+            return made, None
+        key = y.indices[:, 0].long()
+        for axis, size in enumerate(y.spatial_shape, 1):
+            key = key * size + y.indices[:, axis]
+        return made, key.argsort()
 
     return Provider(name, run, index, backward=weight.is_cuda)  # its backward asks for a stream
 
