@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,6 +58,20 @@ def problem_of(*providers: Provider) -> Problem:
 def test_the_right_result_passes() -> None:
     verdict = Gate(problem_of()).judge(Provider("ours", attend, ours=True))
     assert not verdict.faults and verdict.error <= 1
+
+
+def test_other_inputs_are_judged_where_a_problem_names_them() -> None:
+    short = tuple(torch.randn(1, 2, 40, 16).requires_grad_() for _ in range(3))
+    lengths = []
+
+    def noted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        lengths.append(q.shape[2])
+        return attend(q, k, v)
+
+    gate = Gate(replace(problem_of(), judged=short))
+    assert not gate.judge(Provider("ours", noted, ours=True)).faults
+    assert set(lengths) == {40}
+    assert gate.judge(Provider("ours", FAULTS["gradient of q"], ours=True)).faults
 
 
 @pytest.mark.parametrize("fault", FAULTS)
