@@ -21,10 +21,6 @@ _FUSED_KEYS = 10240
 _FORWARD_KEYS = 10240
 _BACKWARD_KEYS = {2: 6400, 4: 10240, 8: 5120}  # by item size
 
-# Sums of exponentials between 1 / _MOST and _MOST are made without the maximum subtracted.
-_MOST = 2.0**64
-_NEAR = 16.0  # an lse so near 0 is not subtracted in the backward
-
 _fused_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
@@ -119,8 +115,7 @@ def _backward_chunk(
         empty = lse == -math.inf
         queries, douts = queries.masked_fill(empty, 0), douts.masked_fill(empty, 0)
         lse = lse.masked_fill(empty, math.inf)
-    logits = _logits(queries, keys, bias, problem.scale, scratch)
-    p, douts, share = _weights(logits, lse, douts)  # [n, bq, e * bk]
+    p = _logits(queries, keys, bias, problem.scale, scratch).sub_(lse).exp_()  # [n, bq, e * bk]
 
     p_narrow = scratch.copy("narrow", p, narrow)
     dvalues = torch.bmm(p_narrow.mT, douts, out=scratch.take("values", tuple(keys.shape), narrow))
@@ -137,7 +132,7 @@ def _backward_chunk(
     if dlse_table is not None:
         dlse = plan.take(dlse_table, chunk)[..., None]
         delta -= dlse if bias is None else dlse.masked_fill(empty, 0)
-    ds.addcmul_(p, delta if share is None else delta.mul_(share), value=-1)
+    ds.addcmul_(p, delta, value=-1)
 
     ds_narrow = scratch.copy("narrow", ds, narrow)
     plan.put(per_query[3], chunk, torch.bmm(ds_narrow, keys).mul_(problem.scale))
@@ -156,61 +151,14 @@ def _logits(
 ) -> Tensor:
     """Return scaled and biased logits [n, bq, e * bk].
 
-    They are made in full precision, and as if scaled after the product, as torch's fused attention
-    does: below the exponent anything else would not cancel lse, its own or theirs. A power of two
-    scales the queries, which rounds nothing.
+    They are made in full precision, and scaled after the product as torch's fused attention does:
+    below the exponent anything else would not cancel lse, its own or theirs.
     """
     wide = plan.accumulate_dtype(queries.dtype)
     wide_keys = scratch.copy("ds", keys, wide)
     logits = scratch.take("logits", (*queries.shape[:2], keys.shape[1]), wide)
-    before, after = (scale, 1.0) if abs(math.frexp(scale)[0]) == 0.5 else (1.0, scale)
-    torch.bmm(queries.to(wide) * before, wide_keys.mT, out=logits)
-    if after != 1:
-        logits.mul_(after)
+    torch.bmm(queries.to(wide), wide_keys.mT, out=logits).mul_(scale)
     return logits if bias is None else logits.add_(bias)
-
-
-def _exponentials(
-    queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float, scratch: plan.Scratch
-) -> tuple[Tensor, Tensor, Tensor | float]:
-    """Return exp(logits - peak) [n, bq, e * bk], their sums, and peak, both [n, bq, 1].
-
-    Where the sums have a range without it, peak is 0 and not looked for: two passes less. Each row
-    decides for itself, so what it gets does not depend on who shares its chunk.
-    """
-    far = None
-    if _is_exact(queries):
-        p = _logits(queries, keys, bias, scale, scratch).exp_()
-        total = p.sum(-1, keepdim=True)
-        far = ~((total > 1 / _MOST) & (total < _MOST))
-        if not bool(far.any()):
-            return p, total, 0.0
-    logits = _logits(queries, keys, bias, scale, scratch)
-    peak = logits.amax(-1, keepdim=True)
-    peak.masked_fill_(peak == -math.inf, 0)
-    if far is not None:
-        peak.masked_fill_(~far, 0)
-    p = logits.sub_(peak).exp_()
-    return p, p.sum(-1, keepdim=True), peak
-
-
-def _weights(logits: Tensor, lse: Tensor, douts: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return p and share, whose product is exp(logits - lse), and share * douts; None is 1.
-
-    Near 0 lse is not subtracted: p = exp(logits), and share = exp(-lse) costs nothing beside it.
-    """
-    if not _is_exact(douts):
-        return logits.sub_(lse).exp_(), douts, None
-    far = ~(lse.abs() <= _NEAR)
-    if bool(far.any()):
-        logits.sub_(lse.masked_fill(~far, 0))
-    share = lse.neg().exp_().masked_fill_(far, 1)
-    return logits.exp_(), douts * share, share
-
-
-def _is_exact(tensor: Tensor) -> bool:
-    """Whether it has the dtype of sums, whose range exponents of moderate logits do not leave."""
-    return tensor.dtype == plan.accumulate_dtype(tensor.dtype)
 
 
 KeysAt = tuple[Tensor, Tensor | None, plan.Scratch]  # ids, hidden: as `plan.gather` takes them
@@ -227,7 +175,12 @@ def _attend(
     """Write dense attention of queries [n, bq, D] over gathered keys to o; return lse [n, bq]."""
     scratch = keys_at[2]
     keys = plan.gather(tables[0], *keys_at, "keys")
-    p, total, peak = _exponentials(queries, keys, bias, scale, scratch)
+    logits = _logits(queries, keys, bias, scale, scratch)
+    peak = logits.amax(-1, keepdim=True)
+    if bias is not None:
+        peak = peak.masked_fill(peak == -math.inf, 0)
+    p = logits.sub_(peak).exp_()
+    total = p.sum(-1, keepdim=True)
     lse = (peak + total.log())[..., 0]
     if bias is not None:
         total.masked_fill_(total == 0, 1)
