@@ -99,10 +99,14 @@ def _block_lists_host(blocks: Tensor, capacity: int) -> tuple[Tensor, Tensor, Te
     row_offsets, rows, column_offsets, columns = (tensor.numpy() for tensor in lists)
     grid = blocks.contiguous().numpy()
     num_rows, num_columns = grid.shape[2:]
-    counts = grid.view(np.uint8).sum(3, dtype=np.int32)
+    bits = grid.view(np.uint8)
+    counts = bits.sum(3, dtype=np.int32)
+    column_counts = np.zeros(column_offsets.shape[:2] + (num_columns,), np.int32)
+    for first in range(0, num_rows, 255):  # as many ones fit a byte, whose sums are fast
+        column_counts += bits[:, :, first : first + 255].sum(2, dtype=np.uint8)
     row_offsets[..., 0] = column_offsets[..., 0] = 0
     np.cumsum(counts, axis=2, out=row_offsets[..., 1:])
-    np.cumsum(grid.view(np.uint8).sum(2, dtype=np.int32), axis=2, out=column_offsets[..., 1:])
+    np.cumsum(column_counts, axis=2, out=column_offsets[..., 1:])
     every_row = np.arange(num_rows, dtype=np.int32)
     short = np.min_scalar_type(max(0, num_columns - 1))  # 8 or 16 bits: a counting sort
     for head in np.ndindex(grid.shape[:2]):
