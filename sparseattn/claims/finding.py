@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Literal
 
+from sparseattn.models.encoders import import_timm
+
 Verdict = Literal["holds", "does not hold", "cannot be shown here"]
 
 
@@ -41,8 +43,8 @@ def missing(*packages: str) -> str | None:
     """Say which of the packages cannot be imported, if one cannot."""
     for package in packages:
         try:
-            importlib.import_module(package)
-        except (ImportError, RuntimeError) as error:  # a broken torchvision is a RuntimeError
+            import_timm() if package == "timm" else importlib.import_module(package)
+        except (ImportError, RuntimeError) as error:
             return f"needs {package}, which cannot be imported: {error}"
     return None
 

@@ -1,5 +1,6 @@
 """Frozen encoders for Adaptor: any module, timm's, Hugging Face's, or two tiny random ones."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -102,21 +103,37 @@ def _tensor_of(output: Any) -> Tensor:
 
 
 def import_timm() -> Any:
-    """Return the package timm, whose import may fail with that of torchvision.
+    """Return the package timm, also beside a torchvision that is of another build than torch.
+
+    That one fails at import, since its C library does not load and so its operators have no names.
+    timm's models need the names only: they are declared, and nothing can call them.
 
     Raises:
-        ImportError: it is not installed, or needs another torchvision; the message says which.
+        ImportError: it is not installed, or cannot be imported for another reason.
     """
     try:
-        import timm.models.vision_transformer  # timm alone does not import its models
+        return _timm()
     except ImportError as error:
         raise ImportError(f"this model needs timm: {error}; pip install timm") from error
-    except RuntimeError as error:  # operators of a torchvision that is of another torch
-        raise ImportError(
-            f"timm cannot be imported: {error}; expected the torchvision that belongs to torch "
-            f"{torch.__version__}, from the same package index"
-        ) from error
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise ImportError(f"timm cannot be imported: {error}") from error
+    _declare_operators_of_torchvision()
+    return _timm()
+
+
+def _timm() -> Any:
+    import timm.models.vision_transformer  # timm alone does not import its models
+
     return timm
+
+
+@cache
+def _declare_operators_of_torchvision() -> torch.library.Library:
+    library = torch.library.Library("torchvision", "FRAGMENT")  # they live as long as it is kept
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
 
 
 def _fixed(kind: type[nn.Module]) -> nn.Module:

@@ -101,7 +101,7 @@ def _block_lists_host(blocks: Tensor, capacity: int) -> tuple[Tensor, Tensor, Te
     num_rows, num_columns = grid.shape[2:]
     bits = grid.view(np.uint8)
     counts = bits.sum(3, dtype=np.int32)
-    column_counts = np.zeros(column_offsets.shape[:2] + (num_columns,), np.int32)
+    column_counts = np.zeros((*column_offsets.shape[:2], num_columns), np.int32)
     for first in range(0, num_rows, 255):  # as many ones fit a byte, whose sums are fast
         column_counts += bits[:, :, first : first + 255].sum(2, dtype=np.uint8)
     row_offsets[..., 0] = column_offsets[..., 0] = 0

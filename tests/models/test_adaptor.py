@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -25,6 +27,13 @@ def batch(size: int = 6, length: int = 20) -> dict[str, Tensor]:
         "words": torch.randint(1, 4096, (size, length)),
         "word_mask": torch.arange(length) < lengths[:, None],
     }
+
+
+def test_timm_is_imported_beside_a_torchvision_of_another_build() -> None:
+    """In a process of its own: tests/conftest.py mends that torchvision for this one."""
+    pytest.importorskip("timm", reason=NEEDED)
+    code = "from sparseattn.models.encoders import import_timm; import_timm().create_model"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def timm_and_hugging_face() -> Adaptor:
