@@ -94,6 +94,12 @@ def _allocate(blocks: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Te
     )
 
 
+def _places(grid: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return line and place in it of every true value, int32, in order; `counts` are per line."""
+    line = np.repeat(np.arange(grid.shape[0], dtype=np.int32), counts)
+    return line, np.flatnonzero(grid).astype(np.int32) - line * np.int32(grid.shape[1])
+
+
 def _block_lists_host(blocks: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lists = _allocate(blocks, capacity)
     row_offsets, rows, column_offsets, columns = (tensor.numpy() for tensor in lists)
@@ -107,13 +113,14 @@ def _block_lists_host(blocks: Tensor, capacity: int) -> tuple[Tensor, Tensor, Te
     row_offsets[..., 0] = column_offsets[..., 0] = 0
     np.cumsum(counts, axis=2, out=row_offsets[..., 1:])
     np.cumsum(column_counts, axis=2, out=column_offsets[..., 1:])
-    every_row = np.arange(num_rows, dtype=np.int32)
-    short = np.min_scalar_type(max(0, num_columns - 1))  # 8 or 16 bits: a counting sort
     for head in np.ndindex(grid.shape[:2]):
-        row = np.repeat(every_row, counts[head])
-        column = np.flatnonzero(grid[head]).astype(np.int32) - row * np.int32(num_columns)
-        by_column = column.astype(short).argsort(kind="stable")
-        for entries, kept in ((rows[head], column), (columns[head], row[by_column])):
+        row, column = _places(grid[head], counts[head])
+        if 2 * row.size > grid[head].size:  # then a second walk is faster than the sort
+            by_column = _places(grid[head].T, column_counts[head])[1]
+        else:
+            short = np.min_scalar_type(max(0, num_columns - 1))  # 8 or 16 bits: a counting sort
+            by_column = row[column.astype(short).argsort(kind="stable")]
+        for entries, kept in ((rows[head], column), (columns[head], by_column)):
             entries[: kept.size] = kept[:capacity]
             entries[kept.size :] = PAD_INDEX
     return lists
