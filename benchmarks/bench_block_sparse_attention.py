@@ -1,7 +1,8 @@
 """Block-sparse attention against dense attention and FlexAttention.
 
-The mask keeps random key blocks, as many in every row, other ones for each head and sample. The
-index is built from block scores: the choice of the best blocks of each row, then the lists.
+The mask keeps random key blocks, as many in every row, other ones for each head and sample. A query
+block is `tall` key blocks high. The index is built from block scores: the choice of the best blocks
+of each row, then the lists.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from sparseattn.benchmarks.registry import Benchmark, Case, Problem, Provider
 def build(case: Case) -> Problem:
     """Make q, k, v, a random mask, and everybody who can attend over it."""
     q, k, v = qkv(case)
-    tokens, block = case["tokens"], case["block"]
-    blocks = -(-tokens // block)
-    keep = max(1, round(case.share("density") * blocks))
+    tokens, block = case["tokens"], (case["tall"] * case["block"], case["block"])
+    rows, columns = (-(-tokens // size) for size in block)
+    keep = max(1, round(case.share("density") * columns))
     random = case.generator()
-    shape = (case["batch"], case["heads"], blocks, blocks)
+    shape = (case["batch"], case["heads"], rows, columns)
     scores = torch.rand(shape, generator=random, device=case.device)
 
     def index() -> BlockMask:
@@ -42,7 +43,7 @@ def build(case: Case) -> Problem:
     kept = mask.block_states() != -1
 
     def reference(rows: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        shown = kept[:, :, rows // block].repeat_interleave(block, 3)[..., :tokens]
+        shown = kept[:, :, rows // block[0]].repeat_interleave(block[1], 3)[..., :tokens]
         return attention_rows(rows, q, k, v, shown)
 
     return Problem(
@@ -58,7 +59,7 @@ def build(case: Case) -> Problem:
     )
 
 
-def flex_mask(scores: Tensor, keep: int, tokens: int, block: int) -> Any:
+def flex_mask(scores: Tensor, keep: int, tokens: int, block: tuple[int, int]) -> Any:
     """Build FlexAttention's mask the way it is fastest there: counts and sorted indices."""
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
@@ -84,6 +85,7 @@ BENCHMARK = Benchmark(
         "heads": (6,),
         "head_dim": (64,),
         "block": (64,),
+        "tall": (1, 4),
         "tokens": (1024, 2048, 4096, 8192),
         "density": (0.05, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0),
     },
@@ -91,6 +93,7 @@ BENCHMARK = Benchmark(
         "heads": (16,),
         "head_dim": (64, 128),
         "block": (64, 128),
+        "tall": (1,),
         "tokens": (1024, 4096, 16384, 32768),
     },
     small={"heads": (2,), "head_dim": (16,), "tokens": (256,), "density": (0.5,)},

@@ -93,6 +93,19 @@ CASES = {
     "block-48x80": Spec(150, heads=1, mask="mixed", block_size=(48, 80), key_mask="tail"),
     "block-96x48": Spec(150, heads=1, mask="tokens", block_size=(96, 48), block_gate="heads"),
     "block-256": Spec(260, heads=1, mask="mixed", block_size=(256, 256)),
+    # tall blocks: torch's fused attention, forward and backward
+    "tall": Spec(
+        600, heads=4, key_heads=2, block_size=(192, 64), per_head=True, poison_queries=True
+    ),
+    "tall-holes": Spec(
+        577, 300, head_dim=40, batch=2, mask="holes", per_batch=True, block_size=(256, 32),
+        layout="permuted", scale=-0.3, use="out",
+    ),
+    "tall-one-block": Spec(512, mask="one", per_head=True, block_size=(256, 256)),
+    "tall-few": Spec(5, 700, mask="topk", per_head=True, block_size=(208, 48), use="out"),
+    "tall-input-16": Spec(400, mask="topk", per_head=True, block_size=(256, 16), input_scale=16.0),
+    "tall-scale-zero": Spec(400, mask="topk", block_size=(192, 16), scale=0.0),
+    "tall-strided": Spec(400, mask="topk", block_size=(208, 80), layout="strided", use="lse"),
     # which results the loss reads
     "only-lse": Spec(130, mask="mixed", use="lse", key_bias="shared", block_gate="shared"),
     "only-out": Spec(130, mask="tokens", use="out", key_bias="shared"),

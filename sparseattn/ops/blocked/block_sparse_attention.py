@@ -12,12 +12,12 @@ import math
 import torch
 from torch import Tensor
 
-from sparseattn.ops.blocked import dense, plan
+from sparseattn.ops.blocked import dense, plan, tables
 from sparseattn.structures import token_bits as bits_of
 
 # Gathered keys of a chunk, for 64 queries a block: what keeps one step of the chunk in cache, and
 # its memory small beside the output.
-_FUSED_KEYS = 10240
+_FUSED_KEYS = 5120
 _FORWARD_KEYS = 10240
 _BACKWARD_KEYS = {2: 6400, 4: 10240, 8: 5120}  # by item size
 
@@ -31,22 +31,30 @@ def forward(problem: plan.Problem) -> tuple[Tensor, Tensor]:
         return dense.forward(problem)
     out = torch.zeros_like(q) if problem.has_empty_rows else torch.empty_like(q)
     lse = q.new_full(q.shape[:3], -math.inf, dtype=plan.accumulate_dtype(q.dtype))
-    attend, most_keys = (_fused, _FUSED_KEYS) if _is_fused(q) else (_attend, _FORWARD_KEYS)
+    is_fused = q.device.type == "cpu" and (q.element_size() == 2 or _is_wide(problem))
+    most_keys = _FUSED_KEYS if is_fused else _FORWARD_KEYS
     scratch = plan.Scratch(q.device)
     for slab in plan.slabs(problem, sums=False):
-        tables = [plan.block_table(t, slab, problem.block_size[1]) for t in (problem.k, problem.v)]
-        q_table, out_table, lse_table = (plan.query_table(t, slab, problem) for t in (q, out, lse))
-        for chunk in plan.chunks(problem, slab, most_keys):
+        place = slab, problem, scratch
+        key_tables = [tables.keys(problem.k, *place, "k"), tables.keys(problem.v, *place, "v")]
+        q_table, out_table, lse_table = (
+            tables.queries(t, *place, name) for t, name in ((q, "q"), (out, "out"), (lse, "lse"))
+        )
+        for chunk in plan.chunks(problem, slab, most_keys, not is_fused):
             bias, hidden = _chunk_bias(problem, chunk)
             queries = plan.take(q_table, chunk)
             if bias is not None:  # what a query that sees nothing holds, even NaN, reaches nobody
                 queries = queries.masked_fill((bias == -math.inf).all(-1, keepdim=True), 0)
-            keys_at = chunk.ids, hidden, scratch
-            o = plan.place(out_table, chunk, scratch)
-            plan.put(lse_table, chunk, attend(o, queries, tables, keys_at, bias, problem.scale))
+            given = queries, key_tables, (chunk.ids, hidden, scratch), bias, problem.scale
+            if is_fused:
+                o, o_lse = _fused(*given)
+            else:
+                o = plan.place(out_table, chunk, scratch)
+                o_lse = _attend(o, *given)
             plan.put(out_table, chunk, o)
-        plan.write_back(out, out_table, slab, problem)
-        plan.write_back(lse, lse_table, slab, problem)
+            plan.put(lse_table, chunk, o_lse)
+        tables.store(out, out_table, slab, problem)
+        tables.store(lse, lse_table, slab, problem)
     return out, lse
 
 
@@ -69,25 +77,37 @@ def backward(
     dbias = torch.zeros_like(bias) if bias is not None and needs[0] else None
     gate = problem.block_gate
     dgate = torch.zeros_like(gate, dtype=wide) if gate is not None and needs[1] else None
-    scratch = plan.Scratch(q.device)
+    scratch, is_wide = plan.Scratch(q.device), _is_wide(problem)
+    most_keys = _FUSED_KEYS if is_wide else _BACKWARD_KEYS[q.element_size()]
     for slab in plan.slabs(problem, sums=True):
-        block_k = problem.block_size[1]
-        tables = [plan.block_table(t, slab, block_k) for t in (k, v)]
-        sums = [plan.sum_table(t, slab, block_k) for t in (dk, dv)]
-        per_query = [plan.query_table(t, slab, problem) for t in (q, dout, dq)]
-        # past the last query nothing has a weight, however large a gate is
-        per_query.insert(2, plan.query_table(lse, slab, problem, math.inf))
-        dlse_table = None if dlse is None else plan.query_table(dlse, slab, problem)
-        for chunk in plan.chunks(problem, slab, _BACKWARD_KEYS[q.element_size()]):
-            ds = _backward_chunk(problem, chunk, scratch, tables, sums, per_query, dlse_table)
+        place = slab, problem, scratch
+        key_tables = [tables.keys(k, *place, "k"), tables.keys(v, *place, "v")]
+        sums = [tables.sums(dk, *place, "dk"), tables.sums(dv, *place, "dv")]
+        per_query = [
+            tables.queries(q, *place, "q"),
+            tables.queries(dout, *place, "dout"),
+            # past the last query nothing has a weight, however large a gate is
+            tables.queries(lse, *place, "lse", math.inf),
+            tables.queries(dq, *place, "dq"),
+        ]
+        if is_wide:
+            per_query.append(tables.queries(out, *place, "out"))
+        dlse_table = None if dlse is None else tables.queries(dlse, *place, "dlse")
+        for chunk in plan.chunks(problem, slab, most_keys, not is_wide):
+            given = problem, chunk, scratch, key_tables, sums, per_query, dlse_table
+            if is_wide:
+                _fused_backward_chunk(*given)
+                continue
+            ds = _backward_chunk(*given)
             if dbias is not None:
                 _add_bias_gradient(dbias, ds, chunk)
             if dgate is not None:
                 _add_gate_gradient(dgate, ds, chunk)
-        plan.write_back(dq, per_query[3], slab, problem)
-        sums[0] *= problem.scale
+        tables.store(dq, per_query[3], slab, problem)
+        if not is_wide:
+            sums[0] *= problem.scale
         for gradient, total in zip((dk, dv), sums, strict=True):
-            plan.store_sum(gradient, total, slab)
+            tables.store_sum(gradient, total, slab)
     if dbias is not None:
         dbias = dbias.flatten(2)[..., : k.shape[2]].contiguous()
     return dq, dk, dv, dbias, dgate
@@ -97,7 +117,7 @@ def _backward_chunk(
     problem: plan.Problem,
     chunk: plan.Chunk,
     scratch: plan.Scratch,
-    tables: list[Tensor],
+    key_tables: list[Tensor],
     sums: list[Tensor],
     per_query: list[Tensor],
     dlse_table: Tensor | None,
@@ -108,20 +128,25 @@ def _backward_chunk(
     """
     narrow, wide = problem.q.dtype, plan.accumulate_dtype(problem.q.dtype)
     bias, hidden = _chunk_bias(problem, chunk)
-    keys = plan.gather(tables[0], chunk.ids, hidden, scratch, "keys")
+    keys = plan.gather(key_tables[0], chunk.ids, hidden, scratch, "keys")
     queries, douts, lse = (plan.take(table, chunk) for table in per_query[:3])
     lse = lse[..., None]
     if bias is not None:  # a query that sees nothing weighs nothing, whatever it holds
         empty = lse == -math.inf
         queries, douts = queries.masked_fill(empty, 0), douts.masked_fill(empty, 0)
         lse = lse.masked_fill(empty, math.inf)
-    p = _logits(queries, keys, bias, problem.scale, scratch).sub_(lse).exp_()  # [n, bq, e * bk]
+    logits = _products(queries, keys, scratch)
+    if bias is None:
+        torch.add(-lse, logits, alpha=problem.scale, out=logits)
+    else:
+        torch.add(bias, logits, alpha=problem.scale, out=logits).sub_(lse)
+    p = logits.exp_()  # [n, bq, e * bk]
 
     p_narrow = scratch.copy("narrow", p, narrow)
     dvalues = torch.bmm(p_narrow.mT, douts, out=scratch.take("values", tuple(keys.shape), narrow))
     _add_blocks(sums[1], chunk.ids, scratch.copy("ds", dvalues, wide))
 
-    values = plan.gather(tables[1], chunk.ids, hidden, scratch, "values")
+    values = plan.gather(key_tables[1], chunk.ids, hidden, scratch, "values")
     name = "ds" if narrow == wide else "narrow"
     dp = torch.bmm(douts, values.mT, out=scratch.take(name, tuple(p.shape), narrow))
     ds = scratch.copy("ds", dp, wide).mul_(p)
@@ -141,24 +166,46 @@ def _backward_chunk(
     return ds.unflatten(2, (-1, problem.block_size[1]))
 
 
+def _fused_backward_chunk(
+    problem: plan.Problem,
+    chunk: plan.Chunk,
+    scratch: plan.Scratch,
+    key_tables: list[Tensor],
+    sums: list[Tensor],
+    per_query: list[Tensor],
+    dlse_table: Tensor | None,
+) -> None:
+    """Add one chunk's share to dq, dk and dv, by torch's fused attention."""
+    bias, hidden = _chunk_bias(problem, chunk)
+    keys = plan.gather(key_tables[0], chunk.ids, hidden, scratch, "keys")
+    values = plan.gather(key_tables[1], chunk.ids, hidden, scratch, "values")
+    queries, douts, lse, _, outs = (plan.take(table, chunk) for table in per_query)
+    dlse = None if dlse_table is None else plan.take(dlse_table, chunk)
+    per_token = douts[:, None], queries[:, None], keys[:, None], values[:, None], outs[:, None]
+    mask = None if bias is None else bias[:, None]
+    dlse = None if dlse is None else dlse[:, None]
+    dq, dkeys, dvalues, _ = dense.gradients(per_token, lse[:, None], dlse, mask, problem.scale)
+    plan.put(per_query[3], chunk, dq[:, 0])
+    wide = plan.accumulate_dtype(problem.q.dtype)
+    for total, part in zip(sums, (dkeys, dvalues), strict=True):
+        _add_blocks(total, chunk.ids, scratch.copy("wide", part, wide))
+
+
 def _add_blocks(total: Tensor, ids: Tensor, part: Tensor) -> None:
     """Add the gradients [n, e * bk, D] of gathered blocks to their sums [blocks, bk * D]."""
-    total.index_add_(0, ids.flatten(), part.view(ids.numel(), -1))
+    total.index_add_(0, ids.flatten(), part.reshape(ids.numel(), -1))
 
 
-def _logits(
-    queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float, scratch: plan.Scratch
-) -> Tensor:
-    """Return scaled and biased logits [n, bq, e * bk].
+def _products(queries: Tensor, keys: Tensor, scratch: plan.Scratch) -> Tensor:
+    """Return every query times every key [n, bq, e * bk] in full precision, not scaled yet.
 
-    They are made in full precision, and scaled after the product as torch's fused attention does:
-    below the exponent anything else would not cancel lse, its own or theirs.
+    The scale comes after the product, as in torch's fused attention: below the exponent anything
+    else would not cancel lse, its own or theirs.
     """
     wide = plan.accumulate_dtype(queries.dtype)
     wide_keys = scratch.copy("ds", keys, wide)
-    logits = scratch.take("logits", (*queries.shape[:2], keys.shape[1]), wide)
-    torch.bmm(queries.to(wide), wide_keys.mT, out=logits).mul_(scale)
-    return logits if bias is None else logits.add_(bias)
+    products = scratch.take("logits", (*queries.shape[:2], keys.shape[1]), wide)
+    return torch.bmm(queries.to(wide), wide_keys.mT, out=products)
 
 
 KeysAt = tuple[Tensor, Tensor | None, plan.Scratch]  # ids, hidden: as `plan.gather` takes them
@@ -167,51 +214,61 @@ KeysAt = tuple[Tensor, Tensor | None, plan.Scratch]  # ids, hidden: as `plan.gat
 def _attend(
     o: Tensor,
     queries: Tensor,
-    tables: list[Tensor],
+    key_tables: list[Tensor],
     keys_at: KeysAt,
     bias: Tensor | None,
     scale: float,
 ) -> Tensor:
     """Write dense attention of queries [n, bq, D] over gathered keys to o; return lse [n, bq]."""
     scratch = keys_at[2]
-    keys = plan.gather(tables[0], *keys_at, "keys")
-    logits = _logits(queries, keys, bias, scale, scratch)
-    peak = logits.amax(-1, keepdim=True)
-    if bias is not None:
-        peak = peak.masked_fill(peak == -math.inf, 0)
-    p = logits.sub_(peak).exp_()
+    keys = plan.gather(key_tables[0], *keys_at, "keys")
+    logits = _products(queries, keys, scratch)
+    if bias is None:  # scaled and shifted in one go
+        peak = (logits.amin if scale < 0 else logits.amax)(-1, keepdim=True).mul_(scale)
+        torch.add(-peak, logits, alpha=scale, out=logits)
+    else:
+        torch.add(bias, logits, alpha=scale, out=logits)
+        peak = logits.amax(-1, keepdim=True)
+        logits -= peak.masked_fill_(peak == -math.inf, 0)
+    p = logits.exp_()
     total = p.sum(-1, keepdim=True)
     lse = (peak + total.log())[..., 0]
     if bias is not None:
         total.masked_fill_(total == 0, 1)
-    values = plan.gather(tables[1], *keys_at, "keys")
+    values = plan.gather(key_tables[1], *keys_at, "keys")
     torch.bmm(scratch.copy("narrow", p, values.dtype), values, out=o).div_(total)
     return lse
 
 
 def _fused(
-    o: Tensor,
     queries: Tensor,
-    tables: list[Tensor],
+    key_tables: list[Tensor],
     keys_at: KeysAt,
     bias: Tensor | None,
     scale: float,
-) -> Tensor:
-    """Do what `_attend` does in torch's fused CPU attention."""
+) -> tuple[Tensor, Tensor]:
+    """Do what `_attend` does in torch's fused CPU attention; return o too."""
     keys, values = (
-        plan.gather(t, *keys_at, name) for t, name in zip(tables, ("keys", "values"), strict=True)
+        plan.gather(t, *keys_at, name)
+        for t, name in zip(key_tables, ("keys", "values"), strict=True)
     )
     mask = None if bias is None else bias[:, None]
     heads = (queries[:, None], keys[:, None], values[:, None])
-    made, lse = _fused_cpu(*heads, attn_mask=mask, scale=scale)
-    o.copy_(made.view(o.shape))
+    o, lse = _fused_cpu(*heads, attn_mask=mask, scale=scale)
     lse = lse.view(queries.shape[:2])
-    return lse if bias is None else lse.where((bias > -math.inf).any(-1), -math.inf)
+    if bias is not None:
+        lse = lse.where((bias > -math.inf).any(-1), -math.inf)
+    return o[:, 0], lse
 
 
-def _is_fused(queries: Tensor) -> bool:
-    """Whether torch's fused attention is the faster: on the CPU in 16 bits."""
-    return queries.device.type == "cpu" and queries.element_size() == 2
+def _is_wide(problem: plan.Problem) -> bool:
+    """Whether torch's fused attention is the faster forward and backward, in any dtype.
+
+    From blocks of 192 queries on it cuts its tiles larger. It has no gradient of bias and gate.
+    """
+    given = (problem.key_bias, problem.block_gate, problem.token_bits)
+    is_plain = all(tensor is None for tensor in given)
+    return problem.q.device.type == "cpu" and is_plain and problem.block_size[0] >= 192
 
 
 def _chunk_bias(problem: plan.Problem, chunk: plan.Chunk) -> tuple[Tensor | None, Tensor | None]:

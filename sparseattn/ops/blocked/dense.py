@@ -73,38 +73,55 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return dq, dk, dv, and the gradient of key_bias if it is wanted."""
     x = _inputs(problem)
-    head_dim = problem.q.shape[3]
     if x.unseen is not None:
         dout = dout.masked_fill(x.unseen, 0)
         lse = lse.masked_fill(x.unseen[..., 0], 0)
         dlse = None if dlse is None else dlse.masked_fill(x.unseen[..., 0], 0)
-    given = [dout, x.q, x.k, x.v, out]
-    if needs_bias or dlse is not None:
-        given = [pad(t, (0, _COLUMNS)) for t in given]
-    factor = 2.0 ** -round(math.log2(abs(problem.scale))) if needs_bias else 1.0
-    if needs_bias:
-        given[1][..., head_dim] = factor  # this column of dk is about as large as dbias
-    if dlse is not None:
-        for piece in range(1, 1 + _PIECES[out.element_size()]):
-            given[0][..., head_dim + piece] = -dlse
-            given[4][..., head_dim + piece] = 1
-            dlse = dlse + given[0][..., head_dim + piece]
-    dq, dk, dv = _fused_backward(
-        *given, lse, 0.0, False, attn_mask=x.bias, scale=problem.scale
-    )  # fmt: skip
+    factor = 2.0 ** -round(math.log2(abs(problem.scale))) if needs_bias else 0.0
+    dq, dk, dv, column = gradients(
+        (dout, x.q, x.k, x.v, out), lse, dlse, x.bias, problem.scale, factor
+    )
     dbias = None
-    if needs_bias and problem.key_bias is not None:
-        dbias = dk[..., head_dim].to(lse.dtype) / (problem.scale * factor)
+    if column is not None and problem.key_bias is not None:
+        dbias = column.to(lse.dtype) / (problem.scale * factor)
         if problem.key_bias.shape[1] == 1:
             dbias = dbias.sum(1, keepdim=True)
-    sums = [t[..., :head_dim] for t in (dk, dv)]
+    sums = [dk, dv]
     if problem.group > 1:
         sums = [t.unflatten(1, (-1, problem.group)).sum(2, dtype=lse.dtype) for t in sums]
-    dq = torch.empty_like(problem.q).copy_(dq[..., :head_dim])
+    dq = torch.empty_like(problem.q).copy_(dq)
     dk, dv = (
         torch.empty_like(t).copy_(s) for t, s in zip((problem.k, problem.v), sums, strict=True)
     )
     return dq, dk, dv, None if dbias is None else dbias.contiguous()
+
+
+def gradients(
+    per_token: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    lse: Tensor,
+    dlse: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    factor: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return dq, dk, dv of torch's attention, given dout, q, k, v and out.
+
+    With a factor also scale * factor * sum_i ds_ij, [B, H, Nk] in k's dtype.
+    """
+    head_dim = per_token[0].shape[3]
+    given = list(per_token)
+    if factor or dlse is not None:
+        given = [pad(t, (0, _COLUMNS)) for t in given]
+    if factor:
+        given[1][..., head_dim] = factor  # this column of dk is about as large as dbias
+    if dlse is not None:
+        for piece in range(1, 1 + _PIECES[per_token[4].element_size()]):
+            given[0][..., head_dim + piece] = -dlse
+            given[4][..., head_dim + piece] = 1
+            dlse = dlse + given[0][..., head_dim + piece]
+    dq, dk, dv = _fused_backward(*given, lse, 0.0, False, attn_mask=bias, scale=scale)
+    column = dk[..., head_dim] if factor else None
+    return dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim], column
 
 
 def _inputs(problem: plan.Problem) -> _Inputs:

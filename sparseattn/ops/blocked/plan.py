@@ -225,58 +225,14 @@ def slabs(problem: Problem, sums: bool) -> Iterator[Slab]:
         yield from (Slab(b, b + 1, g, min(g + fit, heads)) for g in range(0, heads, fit))
 
 
-def block_table(tensor: Tensor, slab: Slab, block: int) -> Tensor:
-    """Return a slab's keys as [blocks, block, D]: a copy if they are ragged or strided."""
-    part = tensor[slab.b0 : slab.b1, slab.g0 : slab.g1]
-    spare = -part.shape[2] % block
-    if spare:
-        part = torch.nn.functional.pad(part, (0, 0, 0, spare))
-    return part.contiguous().view(-1, block, part.shape[3])
+def chunks(
+    problem: Problem, slab: Slab, most_keys: int, has_logits: bool = True
+) -> Iterator[Chunk]:
+    """Yield the slab's query blocks in chunks of equally long lists; empty ones are left out.
 
-
-def sum_table(gradient: Tensor, slab: Slab, block: int) -> Tensor:
-    """Return zeros [blocks, block * D] to sum dk or dv in: `gradient` itself if it can be."""
-    part = gradient[slab.b0 : slab.b1, slab.g0 : slab.g1]
-    wide = accumulate_dtype(gradient.dtype)
-    if gradient.dtype == wide and part.shape[2] % block == 0 and part.is_contiguous():
-        return part.view(-1, block * part.shape[3])
-    blocks = part.shape[0] * part.shape[1] * -(-part.shape[2] // block)
-    return gradient.new_zeros((blocks, block * part.shape[3]), dtype=wide)
-
-
-def store_sum(gradient: Tensor, total: Tensor, slab: Slab) -> None:
-    """Write a slab's sums to their place, unless they were made there."""
-    part = gradient[slab.b0 : slab.b1, slab.g0 : slab.g1]
-    if total.data_ptr() != part.data_ptr():
-        part.copy_(total.view(*part.shape[:2], -1, part.shape[3])[:, :, : part.shape[2]])
-
-
-def query_table(tensor: Tensor, slab: Slab, problem: Problem, fill: float = 0.0) -> Tensor:
-    """Return a slab's queries, or values per query, as [query blocks, block_q, ...].
-
-    Places past the last query hold `fill`.
-
-    It is a view unless the queries are ragged, or strided and of several heads.
+    A chunk gathers at most so many keys, for 64 queries a block: fewer for larger blocks if they
+    have logits in memory.
     """
-    block_q = problem.block_size[0]
-    heads = slice(slab.g0 * problem.group, slab.g1 * problem.group)
-    part = tensor[slab.b0 : slab.b1, heads]
-    spare = -part.shape[2] % block_q
-    if spare:
-        part = torch.nn.functional.pad(part, (0, 0) * (part.dim() - 3) + (0, spare), value=fill)
-    return part.reshape(-1, block_q, *part.shape[3:])
-
-
-def write_back(target: Tensor, table: Tensor, slab: Slab, problem: Problem) -> None:
-    """Copy a query table to its place, unless it is a view of that place already."""
-    heads = slice(slab.g0 * problem.group, slab.g1 * problem.group)
-    part = target[slab.b0 : slab.b1, heads]
-    if table.data_ptr() != part.data_ptr():
-        part.copy_(table.view(*part.shape[:2], -1, *part.shape[3:])[:, :, : part.shape[2]])
-
-
-def chunks(problem: Problem, slab: Slab, most_keys: int) -> Iterator[Chunk]:
-    """Yield the slab's query blocks in chunks of equally long lists; empty ones are left out."""
     block_q, block_k = problem.block_size
     num_rows = -(-problem.q.shape[2] // block_q)
     num_columns = -(-problem.k.shape[2] // block_k)
@@ -295,9 +251,14 @@ def chunks(problem: Problem, slab: Slab, most_keys: int) -> Iterator[Chunk]:
         indices, slots_of = problem.rows.partial_indices, problem.rows.partial_slots
         partial = _HostLists(problem.rows.partial_offsets, indices, slots_of)
         partial_starts, partial_counts = partial.lines(batch, head, row)
-    order = np.lexsort((counts, partial_counts)) if counts.size else counts
+    cut = np.zeros_like(counts)  # lines with a ragged block apart: they alone need a mask for it
+    if problem.k.shape[2] % block_k and full.indices.size:
+        last = np.maximum(starts + counts - 1, 0)[:, None]
+        cut = counts * (full.entries(batch, head, last[:, 0], 1)[0][:, 0] == num_columns - 1)
+        cut = (cut > 0).astype(counts.dtype)
+    order = np.lexsort((cut, counts, partial_counts)) if counts.size else counts
     order = order[(counts + partial_counts)[order] > 0]
-    lengths = np.stack((partial_counts, counts), 1)[order]
+    lengths = np.stack((partial_counts, counts, cut), 1)[order]
     edges = np.flatnonzero(np.diff(lengths, axis=0).any(1)) + 1
     for run in np.split(order, edges):
         if not run.size:
@@ -314,7 +275,8 @@ def chunks(problem: Problem, slab: Slab, most_keys: int) -> Iterator[Chunk]:
         alike = Run(*(torch.from_numpy(part).to(device) for part in parts))
         follow = run[-1] - run[0] + 1 == run.size  # each run ascends
         lines = slice(int(run[0]), int(run[-1]) + 1) if follow else torch.from_numpy(run).to(device)
-        size = max(1, most_keys * 64 // ((p + f) * block_k * max(block_q, 64)))
+        taller = max(block_q, 64) if has_logits else 64
+        size = max(1, most_keys * 64 // ((p + f) * block_k * taller))
         size -= size % threads if size > threads else 0  # an odd one out would keep one waiting
         yield from split(alike, lines, ids, size)
 
