@@ -176,7 +176,7 @@ def one_thread():
 
 
 @pytest.mark.slow  # a clock, which a busy machine can mislead
-@pytest.mark.parametrize("density", [0.05, 0.15, 0.5, 0.9])
+@pytest.mark.parametrize("density", [0.05, 0.15, 0.3])
 def test_ten_times_faster_than_flex_attention(density, one_thread):
     """16 heads of 256 x 256 blocks; both results hold rows and columns.
 
