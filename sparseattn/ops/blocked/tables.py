@@ -61,10 +61,8 @@ def _store(part: Tensor, table: Tensor) -> None:
 def _blocks(part: Tensor, block: int, scratch: Scratch, name: str, fill: float) -> Tensor:
     """Return part [b, h, N, ...] as [b * h * blocks, block, ...]."""
     length, rest = part.shape[2], part.shape[3:]
-    if length % block == 0:
-        heads_follow = part.shape[0] * part.shape[1] == 1 or part.is_contiguous()
-        if heads_follow and (not rest or part.stride(-1) == 1):
-            return part.reshape(-1, block, *rest)
+    if length % block == 0 and part.is_contiguous():
+        return part.view(-1, block, *rest)
     padded = -(-length // block) * block
     copy = scratch.take(name, (*part.shape[:2], padded, *rest), part.dtype)
     copy[:, :, :length].copy_(part)
