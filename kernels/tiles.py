@@ -83,11 +83,11 @@ def load_tile(
     knows no row_ok.
     """
     if IS_TMA:
-        at = [place[0].to(tl.int32), place[1].to(tl.int32), first.to(tl.int32), 0]
+        at = [place[0].to(tl.int32), place[1].to(tl.int32), first, 0]
         chunk = source.load(at).reshape([ROWS, D0])
         return chunk, chunk
     else:
-        rows = source + first * row_stride
+        rows = source + first.to(tl.int64) * row_stride
         return load_rows(rows, row_stride, row_ok, ROWS, D, D0, D1, CHECK_ROWS)
 
 
@@ -95,7 +95,7 @@ def load_tile(
 def store_rows(
     ptr,
     row_stride,
-    row_ok,
+    count,
     first,
     second,
     ROWS: tl.constexpr,
@@ -103,7 +103,11 @@ def store_rows(
     D0: tl.constexpr,
     D1: tl.constexpr,
 ):
-    """Store two chunks as ROWS rows of D columns, where row_ok."""
+    """Store two chunks as the first `count` of ROWS rows of D columns.
+
+    The mask is made here: one made before the main loop would fill registers all through it.
+    """
+    row_ok = tl.arange(0, ROWS) < count
     rows = ptr + tl.arange(0, ROWS)[:, None] * row_stride
     columns = tl.arange(0, D0)[None, :]
     kept = row_ok[:, None] & (columns < D)

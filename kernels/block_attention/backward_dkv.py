@@ -41,7 +41,7 @@ def walk_column(
         entry = tile // TILES
         in_block = (tile % TILES) * BLOCK_Q
         row = tl.load(indices_ptr + entry)
-        query = row.to(tl.int64) * MASK_BLOCK_Q + in_block
+        query = row * MASK_BLOCK_Q + in_block
         queries = query + tl.arange(0, BLOCK_Q)
         if CHECK_QUERIES:
             lse = tl.load(lse_ptr + queries, mask=queries < q_len, other=float("-inf"))
@@ -177,5 +177,5 @@ def block_attention_bwd_dkv_kernel(
     dv_ptr += batch * dv_strides[0] + key_head * dv_strides[1]
     dk_ptr += start.to(tl.int64) * dk_strides[2]
     dv_ptr += start.to(tl.int64) * dv_strides[2]
-    store_rows(dk_ptr, dk_strides[2], in_range, dk0 * scale, dk1 * scale, BLOCK_K, D, D0, D1)
-    store_rows(dv_ptr, dv_strides[2], in_range, dv0, dv1, BLOCK_K, D, D0, D1)
+    store_rows(dk_ptr, dk_strides[2], k_len - start, dk0 * scale, dk1 * scale, BLOCK_K, D, D0, D1)
+    store_rows(dv_ptr, dv_strides[2], k_len - start, dv0, dv1, BLOCK_K, D, D0, D1)

@@ -42,7 +42,7 @@ def walk_row(
         entry = tile // TILES
         in_block = (tile % TILES) * BLOCK_K
         column = tl.load(indices_ptr + entry)
-        key = column.to(tl.int64) * MASK_BLOCK_K + in_block
+        key = column * MASK_BLOCK_K + in_block
         keys = key + tl.arange(0, BLOCK_K)
         key_ok = keys < k_len
         if HAS_BIAS:
@@ -150,4 +150,4 @@ def block_attention_bwd_dq_kernel(
             BLOCK_Q, BLOCK_K, PRECISION, IS_TMA,
         )  # fmt: skip
     dq_ptr += batch * dq_strides[0] + head * dq_strides[1] + start.to(tl.int64) * dq_strides[2]
-    store_rows(dq_ptr, dq_strides[2], in_range, dq0 * scale, dq1 * scale, BLOCK_Q, D, D0, D1)
+    store_rows(dq_ptr, dq_strides[2], q_len - start, dq0 * scale, dq1 * scale, BLOCK_Q, D, D0, D1)

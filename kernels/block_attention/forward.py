@@ -79,7 +79,7 @@ def walk_list(
         entry = tile // TILES
         in_block = (tile % TILES) * BLOCK_K
         column = tl.load(indices_ptr + entry)
-        key = column.to(tl.int64) * MASK_BLOCK_K + in_block
+        key = column * MASK_BLOCK_K + in_block
         keys = key + tl.arange(0, BLOCK_K)
         key_ok = keys < k_len
         if HAS_BIAS:
@@ -209,12 +209,13 @@ def block_attention_fwd_kernel(
     if HAS_SPLITS:
         head_at += split * (tl.num_programs(0) // num_tiles).to(tl.int64)
         o_ptr += (head_at * q_len + start) * D
-        store_rows(o_ptr, D, query_ok, acc0, acc1, BLOCK_Q, D, D0, D1)
+        store_rows(o_ptr, D, q_len - start, acc0, acc1, BLOCK_Q, D, D0, D1)
     else:
         o_ptr += batch * o_strides[0] + head * o_strides[1] + start.to(tl.int64) * o_strides[2]
-        store_rows(o_ptr, o_strides[2], query_ok, acc0, acc1, BLOCK_Q, D, D0, D1)
+        store_rows(o_ptr, o_strides[2], q_len - start, acc0, acc1, BLOCK_Q, D, D0, D1)
         lse *= 0.6931471805599453  # natural log for the caller
-    tl.store(lse_ptr + head_at * q_len + queries, lse, mask=query_ok)
+    is_query = tl.arange(0, BLOCK_Q) < q_len - start
+    tl.store(lse_ptr + head_at * q_len + queries, lse, mask=is_query)
 
 
 @triton.jit(do_not_specialize=["num_heads", "q_len", "num_tiles", "num_splits"])
@@ -230,17 +231,16 @@ def block_attention_fwd_combine_kernel(
     head_at = (tl.program_id(0) // num_tiles).to(tl.int64)
     batch, head = head_at // num_heads, head_at % num_heads
     heads_in_all = (tl.num_programs(0) // num_tiles).to(tl.int64)
-    queries = (tl.program_id(0) % num_tiles) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    query_ok = queries < q_len
-    columns = tl.arange(0, BLOCK_D)[None, :]
-    kept = query_ok[:, None] & (columns < D)
+    start = (tl.program_id(0) % num_tiles) * BLOCK_Q
+    rows = tl.arange(0, BLOCK_Q)
+    is_query = rows < q_len - start
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_Q], tl.float32)
     for split in range(num_splits):
-        at = (head_at + split * heads_in_all) * q_len + queries
-        part_lse = tl.load(part_lse_ptr + at, mask=query_ok, other=float("-inf"))
-        part = tl.load(part_ptr + at[:, None] * D + columns, mask=kept, other=0.0)
+        at = (head_at + split * heads_in_all) * q_len + start
+        part_lse = tl.load(part_lse_ptr + at + rows, mask=is_query, other=float("-inf"))
+        part, _ = load_rows(part_ptr + at * D, D, is_query, BLOCK_Q, D, BLOCK_D, 0, True)
         m_new = tl.maximum(m, part_lse)
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         weight = tl.where(part_lse == float("-inf"), 0.0, tl.exp2(part_lse - m_safe))
@@ -251,10 +251,9 @@ def block_attention_fwd_combine_kernel(
     acc /= tl.where(l == 0.0, 1.0, l)[:, None]
     lse = tl.where(l == 0.0, float("-inf"), (m + tl.log2(l)) * 0.6931471805599453)
     o_strides = in_elements(o_strides, STEP)
-    o_ptr += batch * o_strides[0] + head * o_strides[1]
-    o_ptrs = o_ptr + queries[:, None].to(tl.int64) * o_strides[2] + columns
-    tl.store(o_ptrs, acc.to(o_ptr.dtype.element_ty), mask=kept)
-    tl.store(lse_ptr + head_at * q_len + queries, lse, mask=query_ok)
+    o_ptr += batch * o_strides[0] + head * o_strides[1] + start.to(tl.int64) * o_strides[2]
+    store_rows(o_ptr, o_strides[2], q_len - start, acc, acc, BLOCK_Q, D, BLOCK_D, 0)
+    tl.store(lse_ptr + head_at * q_len + start + rows, lse, mask=is_query)
 
 
 def forward(

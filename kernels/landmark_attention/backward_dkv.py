@@ -98,7 +98,7 @@ def landmark_attention_bwd_dkv_kernel(
         tl.store(dbias_ptr + bias_at + columns, dbias * unit, mask=in_range)
     part_at = part.to(tl.int64) * part_rows * D
     dv_ptr += part_at + batch * dv_strides[0] + key_head * dv_strides[1] + at * dv_strides[2]
-    store_rows(dv_ptr, dv_strides[2], in_range, dv0 * unit, dv1 * unit, BLOCK_K, D, D0, D1)
+    store_rows(dv_ptr, dv_strides[2], k_len - start, dv0 * unit, dv1 * unit, BLOCK_K, D, D0, D1)
     if NEEDS_DK:
         dk0 *= scale * unit
         if D1 > 0:
@@ -117,4 +117,4 @@ def landmark_attention_bwd_dkv_kernel(
             if D1 > 0:
                 dk1 = add_segment_rows(dk1, dsums_ptr, segment, is_shown, D0, D1, D)
         dk_ptr += part_at + batch * dk_strides[0] + key_head * dk_strides[1] + at * dk_strides[2]
-        store_rows(dk_ptr, dk_strides[2], in_range, dk0, dk1, BLOCK_K, D, D0, D1)
+        store_rows(dk_ptr, dk_strides[2], k_len - start, dk0, dk1, BLOCK_K, D, D0, D1)

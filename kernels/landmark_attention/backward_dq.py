@@ -135,4 +135,4 @@ def landmark_attention_bwd_dq_kernel(
             dq1 += (dfloor * 2.0 * square)[:, None] * q1.to(tl.float32)
     dq_ptr += part.to(tl.int64) * part_rows * D
     dq_ptr += batch * dq_strides[0] + head * dq_strides[1] + start.to(tl.int64) * dq_strides[2]
-    store_rows(dq_ptr, dq_strides[2], row_ok, dq0, dq1, BLOCK_Q, D, D0, D1)
+    store_rows(dq_ptr, dq_strides[2], q_len - start, dq0, dq1, BLOCK_Q, D, D0, D1)

@@ -109,16 +109,16 @@ def landmark_attention_fwd_kernel(
     if STAGE == 1:
         at = (head_at + part * (tl.num_programs(0) // num_tiles).to(tl.int64)) * q_len + start
         o_ptr += at * D
-        store_rows(o_ptr, D, row_ok, acc0, acc1, BLOCK_Q, D, D0, D1)
+        store_rows(o_ptr, D, q_len - start, acc0, acc1, BLOCK_Q, D, D0, D1)
         if HAS_SEGMENTS:
-            store_rows(sums_ptr + at * D, D, row_ok, sums0, sums1, BLOCK_Q, D, D0, D1)
+            store_rows(sums_ptr + at * D, D, q_len - start, sums0, sums1, BLOCK_Q, D, D0, D1)
         lse = tl.where(l == 0.0, float("-inf"), m + tl.log2(l))
         tl.store(lse_ptr + at + tl.arange(0, BLOCK_Q), lse, mask=row_ok)
         if NEEDS_PEAK:
             tl.store(peak_ptr + at + tl.arange(0, BLOCK_Q), peak, mask=row_ok)
     else:
         o_ptr += batch * o_strides[0] + head * o_strides[1] + start.to(tl.int64) * o_strides[2]
-        store_rows(o_ptr, o_strides[2], row_ok, acc0, acc1, BLOCK_Q, D, D0, D1)
+        store_rows(o_ptr, o_strides[2], q_len - start, acc0, acc1, BLOCK_Q, D, D0, D1)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_parts"])

@@ -59,7 +59,7 @@ BACKWARD_DQ = (
     Row(              90,   4,  128, Launch(     16,     16,     8,      1), "ieee"),
     Row(              80,   2,   64, Launch(     64,     32,     4,      2)),
     Row(              80,   2,   80, Launch(     32,     32,     8,      2)),
-    Row(              80,   2,  128, Launch(     32,     32,     4,      2)),
+    Row(              80,   2,  128, Launch(     32,     32,     8,      2)),
     Row(              80,   4,   64, Launch(     32,     16,     8,      1)),
     Row(              80,   4,  128, Launch(     16,     16,     8,      1), "ieee"),
 )

@@ -57,7 +57,7 @@ ROWS = (  # o, dq, and dk with dv: tokens that read S or its gradient
     Row(              90,   4,   64, Launch(   64,     8,      1,  32)),
     Row(              90,   4,  128, Launch(   16,     8,      1,  32)),
     Row(              80,   2,   64, Launch(   64,     8,      1)),
-    Row(              80,   2,  128, Launch(   32,     8,      1,  64)),
+    Row(              80,   2,  128, Launch(   32,     8,      2,  64)),
     Row(              80,   4,   64, Launch(   32,     8,      1)),
     Row(              80,   4,  128, Launch(   16,     8,      1,  32)),
 )
