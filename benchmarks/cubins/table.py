@@ -22,8 +22,8 @@ generation, compiled with Triton {pinned} for the inputs named; all of it is rea
 
 - **a SM**: blocks of threads that a multiprocessor holds at once.
 - **HGMMA** to **STL**: instructions in the whole binary. STL is a register spilled, outside the
-  inner loops ([which may](decisions/0010-spills.md)). *other inputs*: the most spills among the row's other inputs (biases, gates, odd head
-  dims).
+  inner loops ([which may](decisions/0010-spills.md)). *other inputs*: the most spills among the
+  row's other inputs (biases, gates, odd head dims).
 - **tensor** to **issue**: cycles that one turn of the main loop keeps each unit busy, for a block.
 - **limit**: the unit that is busy longest. **share**: the share of the peak of its arithmetic that
   the row can reach if all units work at once, and if no two ever do. This is a [model](account.md),
