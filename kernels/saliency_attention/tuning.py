@@ -24,7 +24,7 @@ MEASURED: dict[str, dict[int, str]] = {}
 GATHER = (
     Row(          128,   64,    4),
     Row(          512,   32,    4),
-    Row(         4096,    8,    4),
+    Row(         4096,    4,    4),
 )
 # fmt: on
 

@@ -20,7 +20,7 @@ TABLES: dict[str, tuple[Any, ...]] = {
     "sparse_conv3d_strided_bwd_dx_kernel": tuning.STRIDED_DX,
     "sparse_conv3d_strided_depthwise_bwd_dx_kernel": tuning.DEPTHWISE,
     "sparse_conv3d_map_fwd_kernel": tuning.FORWARD,
-    "sparse_conv3d_map_bwd_dw_kernel": tuning.BACKWARD_DW,
+    "sparse_conv3d_map_bwd_dw_kernel": tuning.MAP_BACKWARD_DW,
     "sparse_conv3d_map_depthwise_fwd_kernel": tuning.DEPTHWISE,
     "sparse_conv3d_map_depthwise_bwd_dw_kernel": tuning.DEPTHWISE_DW,
 }

@@ -117,7 +117,7 @@ def weight_gradient(
 
 def _grouped(x: Tensor, dy: Tensor, pairs: tuple[Tensor, ...], taps: int, groups: int) -> Tensor:
     inner, outer = x.shape[1] // groups, dy.shape[1] // groups
-    row = tuning.pick(tuning.BACKWARD_DW, x, outer)
+    row = tuning.pick(tuning.MAP_BACKWARD_DW, x, outer)
     programs = taps * groups * triton.cdiv(inner, row.tile_m) * triton.cdiv(outer, row.tile_n)
     splits, _ = tuning.splits(triton.cdiv(dy.shape[0], row.tile_k), row.tile_k, programs)
     dw = x.new_empty((splits, taps, inner, dy.shape[1]), dtype=tuning.SUMS)

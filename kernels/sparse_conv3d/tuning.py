@@ -93,6 +93,13 @@ BACKWARD_DW = (
     Row(      80,   4,     ANY,      64,     64,     32,     4,     3),
 )
 
+# with sites from a map: 64 of them at a time would spill on sm_100
+MAP_BACKWARD_DW = (
+    *(row for row in BACKWARD_DW if (row.capability, row.itemsize) != (80, 2)),
+    Row(      80,   2,      32,      64,     32,     32,     4,     3),
+    Row(      80,   2,     ANY,      64,     64,     32,     4,     2),
+)
+
 # unmeasured cap  bytes  columns  tile_m  tile_n  warps  stages
 DEPTHWISE = (
     DepthwiseRow(90,  2,      32,      64,     32,     4,     3),
