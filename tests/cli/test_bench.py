@@ -12,7 +12,8 @@ from sparseattn.cli.main import main
 
 OP = "block_sparse_attention"
 SMALL = [
-    OP, "--device", "cpu", "--shapes", "heads=2", "head_dim=16", "tokens=128,256", "density=0.5,1",
+    OP, "--device", "cpu", "--shapes", "heads=2", "head_dim=16", "tall=1", "tokens=128,256",
+    "density=0.5,1",
     "--dtypes", "float32", "--providers", "sparseattn", "sdpa-flash", "--rounds", "2",
 ]  # fmt: skip
 
@@ -31,7 +32,10 @@ def test_prints_writes_appends_and_replays(
     assert main(["bench", *SMALL, "--json", str(file)]) == 0
     printed = capsys.readouterr().out
     assert printed.count("gain fwd") == 4
-    assert f"{OP} float32 batch=1 heads=2 head_dim=16 block=64 tokens=256 density=0.5" in printed
+    assert (
+        f"{OP} float32 batch=1 heads=2 head_dim=16 block=64 tall=1 tokens=256 density=0.5"
+        in printed
+    )
     assert "sparseattn full: break-even density" in printed
     assert "matrix product: 0.1 TFLOP/s float32; copy: 10 GB/s" in printed
     assert main(["bench", *SMALL, "--json", str(file), "--append", "--modes", "forward"]) == 0
@@ -95,7 +99,7 @@ def test_list_names_axes_and_providers(capsys: pytest.CaptureFixture[str]) -> No
         ([OP, "--shapes", "tokens=many"], "--shapes is 'tokens=many'; expected AXIS=V[,V]"),
         ([OP, "--shapes", "tokens=0"], "--shapes is 'tokens=0'; expected AXIS=V[,V], V > 0"),
         ([OP, "--shapes", "tokens=64.5"], "tokens is 64.5; expected a whole number"),
-        ([OP, "--shapes", "block=50"], "block_size is 50; expected one or two multiples of 16"),
+        ([OP, "--shapes", "block=50"], "block_size is (50, 50); expected one or two mult"),
         ([OP, "--shapes", "colour=1"], "there is no axis 'colour'; expected one of batch, "),
         ([OP, "--rounds", "0"], "--rounds is 0; expected 1 or more"),
         ([OP, "--seconds", "0"], "--seconds is 0.0; expected more than 0"),
