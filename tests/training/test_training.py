@@ -193,7 +193,7 @@ def test_a_sharded_model_continues_with_the_same_bits(tmp_path: Path) -> None:
     command = [sys.executable, "-m", *LAUNCHERS["torchrun"], str(worker), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["agrees", "agrees"]
+    assert done.stdout.count("agrees") == 2  # torchrun's processes share a pipe: lines may mix
 
 
 def test_bf16_trains(tmp_path: Path) -> None:
