@@ -65,6 +65,7 @@ CASES = {
     "sliced": Spec(100, batch=2, layout="sliced", dout_layout="sliced", mask="mixed"),
     "expanded": Spec(100, heads=3, layout="expanded", dout_layout="expanded"),
     "strided": Spec(100, layout="strided", dout_layout="strided", key_mask="random"),
+    "strided-all": Spec(100, mask="all", layout="strided", dout_layout="strided"),
     # masks
     "none": Spec(130, mask="none"),
     "one-block": Spec(200, mask="one", per_head=True),

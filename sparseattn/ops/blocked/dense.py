@@ -26,6 +26,8 @@ _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 class _Inputs(NamedTuple):
     """What torch's attention is given: as many key heads as query heads, nothing that is NaN.
 
+    It reads the columns of a head dim as neighbours in memory, whatever their stride is.
+
     unseen: bool [B, 1 or H, 1, 1], the queries that see nothing; None if there are none.
     """
 
@@ -125,7 +127,10 @@ def gradients(
 
 
 def _inputs(problem: plan.Problem) -> _Inputs:
-    q, k, v, bias = problem.q, problem.k, problem.v, problem.key_bias
+    q, k, v = (
+        t if t.stride(3) == 1 else t.contiguous() for t in (problem.q, problem.k, problem.v)
+    )
+    bias = problem.key_bias
     if problem.group > 1:
         k, v = (t.repeat_interleave(problem.group, 1) for t in (k, v))
     if bias is None:
