@@ -80,6 +80,7 @@ CASES = {
     "scale-negative": Spec(100, mask="mixed", scale=-0.3, key_bias="shared", block_gate="shared"),
     "scale-zero": Spec(100, mask="mixed", scale=0.0),
     "scale-large": Spec(100, mask="mixed", scale=3.0),
+    "scale-tiny-all": Spec(100, mask="all", scale=1e-6, key_bias="shared"),
     # keys and gates
     "no-keys-in-one-sample": Spec(90, batch=2, key_mask="nothing", key_bias="hidden", mask="all"),
     "gate-hidden": Spec(130, batch=2, mask="mixed", block_gate="hidden"),
@@ -143,6 +144,17 @@ def test_torch_path_has_a_float32_lse_in_half_precision(case, dtype):
     seen = truth.isfinite()
     assert lse.dtype == torch.float32
     assert (lse.double() - truth)[seen].abs().max() <= 2**-14 * truth[seen].abs().max()
+
+
+@pytest.mark.parametrize("block_q", [64, 256])
+@pytest.mark.parametrize("mask", ["one", "all"])
+def test_gradients_of_lse_may_be_larger_than_float16_holds(mask, block_q):
+    # as a loss multiplied by 2**16 sends them; all of them times 8 are gradients times 8
+    spec = Spec(300, mask=mask, block_size=(block_q, 64), input_scale=0.3, use="lse")
+    inputs = make(spec, torch.float16)
+    small, large = (run(TORCH, replace(inputs, dlse=inputs.dlse * f)) for f in (2**13, 2**16))
+    assert (inputs.dlse * 2**16).abs().max() > torch.finfo(torch.float16).max
+    assert all(torch.equal(large[name], 8 * small[name]) for name in ("dq", "dk", "dv"))
 
 
 @pytest.mark.parametrize("case", TRITON_CASES)

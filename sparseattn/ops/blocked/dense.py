@@ -1,8 +1,8 @@
 """Where a mask shows every block: torch's fused attention, which knows no gradient of bias and lse.
 
 Columns beside the head dim carry them, and leave every logit and output as it is. With c beside q,
-and 0 beside k, the columns of dk have scale * c * sum_i ds_ij among them. With -dlse beside dout, 1
-beside out, and 0 beside v, the backward's delta = dout.out becomes dout.out - dlse.
+and 0 beside k, the columns of dk have scale * c * sum_i ds_ij among them. With -dlse / u beside
+dout, u beside out, and 0 beside v, the backward's delta = dout.out becomes dout.out - dlse.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from sparseattn.ops.blocked import plan
 
 _COLUMNS = 8  # added to the head dim: at most four are used, the others keep rows aligned
 _PIECES = {2: 3, 4: 1, 8: 1}  # numbers of so many bytes that hold a gradient of lse exactly
+_LARGE = 2.0**15  # float16 holds it and its inverse
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -47,7 +48,8 @@ def fits(problem: plan.Problem) -> bool:
     plain = problem.block_gate is None and problem.token_bits is None
     if q.device.type != "cpu" or not plain or not q.numel() * k.numel():
         return False
-    if rows.offsets.shape[0] > 1 or (problem.key_bias is not None and problem.scale == 0):
+    has_factor = 1 / _LARGE < abs(problem.scale) < _LARGE  # that `backward` puts beside q
+    if rows.offsets.shape[0] > 1 or (problem.key_bias is not None and not has_factor):
         return False
     every_block = rows.offsets.shape[-1] - 1, -(-k.shape[2] // problem.block_size[1])
     return bool((rows.offsets[..., -1] == math.prod(every_block)).all())
@@ -117,19 +119,19 @@ def gradients(
     if factor:
         given[1][..., head_dim] = factor  # this column of dk is about as large as dbias
     if dlse is not None:
+        unit = torch.where(dlse.abs() < _LARGE, 1.0, _LARGE)  # 1 would leave no room in float16
+        rest = -dlse / unit
         for piece in range(1, 1 + _PIECES[per_token[4].element_size()]):
-            given[0][..., head_dim + piece] = -dlse
-            given[4][..., head_dim + piece] = 1
-            dlse = dlse + given[0][..., head_dim + piece]
+            given[0][..., head_dim + piece] = rest
+            given[4][..., head_dim + piece] = unit
+            rest = rest - given[0][..., head_dim + piece]
     dq, dk, dv = _fused_backward(*given, lse, 0.0, False, attn_mask=bias, scale=scale)
     column = dk[..., head_dim] if factor else None
     return dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim], column
 
 
 def _inputs(problem: plan.Problem) -> _Inputs:
-    q, k, v = (
-        t if t.stride(3) == 1 else t.contiguous() for t in (problem.q, problem.k, problem.v)
-    )
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (problem.q, problem.k, problem.v))
     bias = problem.key_bias
     if problem.group > 1:
         k, v = (t.repeat_interleave(problem.group, 1) for t in (k, v))
