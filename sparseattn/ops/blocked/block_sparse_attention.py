@@ -8,6 +8,7 @@ recomputes the weights from lse. A mask that shows everything goes to torch's de
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def forward(problem: plan.Problem) -> tuple[Tensor, Tensor]:
         return dense.forward(problem)
     out = torch.zeros_like(q) if problem.has_empty_rows else torch.empty_like(q)
     lse = q.new_full(q.shape[:3], -math.inf, dtype=plan.accumulate_dtype(q.dtype))
-    is_fused = q.device.type == "cpu" and (q.element_size() == 2 or _is_wide(problem))
+    is_fused = q.device.type == "cpu" and (q.element_size() == 2 or _is_tall(problem))
     most_keys = _FUSED_KEYS if is_fused else _FORWARD_KEYS
     scratch = plan.Scratch(q.device)
     for slab in plan.slabs(problem, sums=False):
@@ -77,50 +78,58 @@ def backward(
     dbias = torch.zeros_like(bias) if bias is not None and needs[0] else None
     gate = problem.block_gate
     dgate = torch.zeros_like(gate, dtype=wide) if gate is not None and needs[1] else None
-    scratch, is_wide = plan.Scratch(q.device), _is_wide(problem)
-    most_keys = _FUSED_KEYS if is_wide else _BACKWARD_KEYS[q.element_size()]
+    scratch, is_tall = plan.Scratch(q.device), _is_tall(problem)
+    most_keys = _FUSED_KEYS if is_tall else _BACKWARD_KEYS[q.element_size()]
     for slab in plan.slabs(problem, sums=True):
         place = slab, problem, scratch
-        key_tables = [tables.keys(k, *place, "k"), tables.keys(v, *place, "v")]
-        sums = [tables.sums(dk, *place, "dk"), tables.sums(dv, *place, "dv")]
-        per_query = [
-            tables.queries(q, *place, "q"),
-            tables.queries(dout, *place, "dout"),
+        x = _Tables(
+            q=tables.queries(q, *place, "q"),
+            dout=tables.queries(dout, *place, "dout"),
             # past the last query nothing has a weight, however large a gate is
-            tables.queries(lse, *place, "lse", math.inf),
-            tables.queries(dq, *place, "dq"),
-        ]
-        if is_wide:
-            per_query.append(tables.queries(out, *place, "out"))
-        dlse_table = None if dlse is None else tables.queries(dlse, *place, "dlse")
-        for chunk in plan.chunks(problem, slab, most_keys, not is_wide):
-            given = problem, chunk, scratch, key_tables, sums, per_query, dlse_table
-            if is_wide:
-                _fused_backward_chunk(*given)
+            lse=tables.queries(lse, *place, "lse", math.inf),
+            dlse=None if dlse is None else tables.queries(dlse, *place, "dlse"),
+            dq=tables.queries(dq, *place, "dq"),
+            k=tables.keys(k, *place, "k"),
+            v=tables.keys(v, *place, "v"),
+            dk=tables.sums(dk, *place, "dk"),
+            dv=tables.sums(dv, *place, "dv"),
+        )
+        out_table = tables.queries(out, *place, "out") if is_tall else None
+        for chunk in plan.chunks(problem, slab, most_keys, not is_tall):
+            if out_table is not None:
+                _fused_backward_chunk(problem, chunk, scratch, x, out_table)
                 continue
-            ds = _backward_chunk(*given)
+            ds = _backward_chunk(problem, chunk, scratch, x)
             if dbias is not None:
                 _add_bias_gradient(dbias, ds, chunk)
             if dgate is not None:
                 _add_gate_gradient(dgate, ds, chunk)
-        tables.store(dq, per_query[3], slab, problem)
-        if not is_wide:
-            sums[0] *= problem.scale
-        for gradient, total in zip((dk, dv), sums, strict=True):
-            tables.store_sum(gradient, total, slab)
+        if not is_tall:
+            x.dk.mul_(problem.scale)
+        tables.store(dq, x.dq, slab, problem)
+        tables.store_sum(dk, x.dk, slab)
+        tables.store_sum(dv, x.dv, slab)
     if dbias is not None:
         dbias = dbias.flatten(2)[..., : k.shape[2]].contiguous()
     return dq, dk, dv, dbias, dgate
 
 
+class _Tables(NamedTuple):
+    """What the backward reads and writes of a slab, as tables of blocks (tables.py)."""
+
+    q: Tensor
+    dout: Tensor
+    lse: Tensor
+    dlse: Tensor | None
+    dq: Tensor
+    k: Tensor
+    v: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
 def _backward_chunk(
-    problem: plan.Problem,
-    chunk: plan.Chunk,
-    scratch: plan.Scratch,
-    key_tables: list[Tensor],
-    sums: list[Tensor],
-    per_query: list[Tensor],
-    dlse_table: Tensor | None,
+    problem: plan.Problem, chunk: plan.Chunk, scratch: plan.Scratch, x: _Tables
 ) -> Tensor:
     """Add one chunk's share to dq, dk / scale and dv; return its ds [n, block_q, e, block_k].
 
@@ -128,8 +137,8 @@ def _backward_chunk(
     """
     narrow, wide = problem.q.dtype, plan.accumulate_dtype(problem.q.dtype)
     bias, hidden = _chunk_bias(problem, chunk)
-    keys = plan.gather(key_tables[0], chunk.ids, hidden, scratch, "keys")
-    queries, douts, lse = (plan.take(table, chunk) for table in per_query[:3])
+    keys = plan.gather(x.k, chunk.ids, hidden, scratch, "keys")
+    queries, douts, lse = (plan.take(table, chunk) for table in (x.q, x.dout, x.lse))
     lse = lse[..., None]
     if bias is not None:  # a query that sees nothing weighs nothing, whatever it holds
         empty = lse == -math.inf
@@ -144,9 +153,9 @@ def _backward_chunk(
 
     p_narrow = scratch.copy("narrow", p, narrow)
     dvalues = torch.bmm(p_narrow.mT, douts, out=scratch.take("values", tuple(keys.shape), narrow))
-    _add_blocks(sums[1], chunk.ids, scratch.copy("ds", dvalues, wide))
+    _add_blocks(x.dv, chunk.ids, scratch.copy("ds", dvalues, wide))
 
-    values = plan.gather(key_tables[1], chunk.ids, hidden, scratch, "values")
+    values = plan.gather(x.v, chunk.ids, hidden, scratch, "values")
     name = "ds" if narrow == wide else "narrow"
     dp = torch.bmm(douts, values.mT, out=scratch.take(name, tuple(p.shape), narrow))
     ds = scratch.copy("ds", dp, wide).mul_(p)
@@ -154,41 +163,38 @@ def _backward_chunk(
     delta = ds.sum(-1, keepdim=True)
     if narrow != wide:  # torch's fused lse is off by 5e-5, so p sums to 1 only nearly, or to 0
         delta /= p.sum(-1, keepdim=True).clamp_min_(0.5)
-    if dlse_table is not None:
-        dlse = plan.take(dlse_table, chunk)[..., None]
+    if x.dlse is not None:
+        dlse = plan.take(x.dlse, chunk)[..., None]
         delta -= dlse if bias is None else dlse.masked_fill(empty, 0)
     ds.addcmul_(p, delta, value=-1)
 
     ds_narrow = scratch.copy("narrow", ds, narrow)
-    plan.put(per_query[3], chunk, torch.bmm(ds_narrow, keys).mul_(problem.scale))
+    plan.put(x.dq, chunk, torch.bmm(ds_narrow, keys).mul_(problem.scale))
     dkeys = torch.bmm(ds_narrow.mT, queries, out=scratch.take("values", tuple(keys.shape), narrow))
-    _add_blocks(sums[0], chunk.ids, scratch.copy("logits", dkeys, wide))
+    _add_blocks(x.dk, chunk.ids, scratch.copy("logits", dkeys, wide))
     return ds.unflatten(2, (-1, problem.block_size[1]))
 
 
 def _fused_backward_chunk(
-    problem: plan.Problem,
-    chunk: plan.Chunk,
-    scratch: plan.Scratch,
-    key_tables: list[Tensor],
-    sums: list[Tensor],
-    per_query: list[Tensor],
-    dlse_table: Tensor | None,
+    problem: plan.Problem, chunk: plan.Chunk, scratch: plan.Scratch, x: _Tables, out_table: Tensor
 ) -> None:
     """Add one chunk's share to dq, dk and dv, by torch's fused attention."""
     bias, hidden = _chunk_bias(problem, chunk)
-    keys = plan.gather(key_tables[0], chunk.ids, hidden, scratch, "keys")
-    values = plan.gather(key_tables[1], chunk.ids, hidden, scratch, "values")
-    queries, douts, lse, _, outs = (plan.take(table, chunk) for table in per_query)
-    dlse = None if dlse_table is None else plan.take(dlse_table, chunk)
-    per_token = douts[:, None], queries[:, None], keys[:, None], values[:, None], outs[:, None]
-    mask = None if bias is None else bias[:, None]
-    dlse = None if dlse is None else dlse[:, None]
-    dq, dkeys, dvalues, _ = dense.gradients(per_token, lse[:, None], dlse, mask, problem.scale)
-    plan.put(per_query[3], chunk, dq[:, 0])
+    keys = plan.gather(x.k, chunk.ids, hidden, scratch, "keys")
+    values = plan.gather(x.v, chunk.ids, hidden, scratch, "values")
+    queries, douts, outs = (plan.take(table, chunk) for table in (x.q, x.dout, out_table))
+    dlse = None if x.dlse is None else plan.take(x.dlse, chunk)[:, None]
+    dq, dkeys, dvalues, _ = dense.gradients(
+        (douts[:, None], queries[:, None], keys[:, None], values[:, None], outs[:, None]),
+        plan.take(x.lse, chunk)[:, None],
+        dlse,
+        None if bias is None else bias[:, None],
+        problem.scale,
+    )
+    plan.put(x.dq, chunk, dq[:, 0])
     wide = plan.accumulate_dtype(problem.q.dtype)
-    for total, part in zip(sums, (dkeys, dvalues), strict=True):
-        _add_blocks(total, chunk.ids, scratch.copy("wide", part, wide))
+    _add_blocks(x.dk, chunk.ids, scratch.copy("wide", dkeys, wide))
+    _add_blocks(x.dv, chunk.ids, scratch.copy("wide", dvalues, wide))
 
 
 def _add_blocks(total: Tensor, ids: Tensor, part: Tensor) -> None:
@@ -261,10 +267,10 @@ def _fused(
     return o[:, 0], lse
 
 
-def _is_wide(problem: plan.Problem) -> bool:
-    """Whether torch's fused attention is the faster forward and backward, in any dtype.
+def _is_tall(problem: plan.Problem) -> bool:
+    """Whether query blocks are so tall that torch's fused attention is the faster, in any dtype.
 
-    From blocks of 192 queries on it cuts its tiles larger. It has no gradient of bias and gate.
+    From 192 queries on it cuts its tiles larger. It has no gradient of bias and gate.
     """
     given = (problem.key_bias, problem.block_gate, problem.token_bits)
     is_plain = all(tensor is None for tensor in given)
