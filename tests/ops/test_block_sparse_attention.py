@@ -8,7 +8,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from sparseattn import block_sparse_attention
+from sparseattn import BlockMask, block_sparse_attention
+from sparseattn.ops.blocked import dense
 from sparseattn.testing.attention import check, judge_all, run
 from sparseattn.testing.inputs import AttentionSpec as Spec
 from sparseattn.testing.inputs import make
@@ -155,6 +156,22 @@ def test_gradients_of_lse_may_be_larger_than_float16_holds(mask, block_q):
     small, large = (run(TORCH, replace(inputs, dlse=inputs.dlse * f)) for f in (2**13, 2**16))
     assert (inputs.dlse * 2**16).abs().max() > torch.finfo(torch.float16).max
     assert all(torch.equal(large[name], 8 * small[name]) for name in ("dq", "dk", "dv"))
+
+
+def test_tall_blocks_with_long_lists_share_a_backward_among_threads(monkeypatch):
+    run_fused, given = dense._fused_backward, []
+
+    def spy(dout, *rest, **options):
+        given.append(dout.shape[0])
+        return run_fused(dout, *rest, **options)
+
+    monkeypatch.setattr(dense, "_fused_backward", spy)
+    blocks = torch.ones(1, 1, 4, 400, dtype=torch.bool)
+    blocks[..., 0] = False
+    mask = BlockMask.from_dense(blocks, 4 * 192, 6400, (192, 16))
+    q, k = (torch.randn(1, 1, length, 16, requires_grad=True) for length in (4 * 192, 6400))
+    block_sparse_attention(q, k, k, mask).sum().backward()
+    assert given == [torch.get_num_threads()] * (4 // torch.get_num_threads())
 
 
 @pytest.mark.parametrize("case", TRITON_CASES)

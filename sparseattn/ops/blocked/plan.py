@@ -231,7 +231,8 @@ def chunks(
     """Yield the slab's query blocks in chunks of equally long lists; empty ones are left out.
 
     A chunk gathers at most so many keys, for 64 queries a block: fewer for larger blocks if they
-    have logits in memory.
+    have logits in memory. If they have none, they are for torch's fused attention, which gives a
+    query block to one thread: then a chunk has a block for each, however long their lists are.
     """
     block_q, block_k = problem.block_size
     num_rows = -(-problem.q.shape[2] // block_q)
@@ -260,6 +261,7 @@ def chunks(
     order = order[(counts + partial_counts)[order] > 0]
     lengths = np.stack((partial_counts, counts, cut), 1)[order]
     edges = np.flatnonzero(np.diff(lengths, axis=0).any(1)) + 1
+    least, taller = (1, max(block_q, 64)) if has_logits else (threads, 64)
     for run in np.split(order, edges):
         if not run.size:
             continue
@@ -275,8 +277,7 @@ def chunks(
         alike = Run(*(torch.from_numpy(part).to(device) for part in parts))
         follow = run[-1] - run[0] + 1 == run.size  # each run ascends
         lines = slice(int(run[0]), int(run[-1]) + 1) if follow else torch.from_numpy(run).to(device)
-        taller = max(block_q, 64) if has_logits else 64
-        size = max(1, most_keys * 64 // ((p + f) * block_k * taller))
+        size = max(least, most_keys * 64 // ((p + f) * block_k * taller))
         size -= size % threads if size > threads else 0  # an odd one out would keep one waiting
         yield from split(alike, lines, ids, size)
 
