@@ -1,7 +1,8 @@
 """Block-sparse attention in torch: cost and memory follow the blocks that are kept.
 
 Query blocks whose lists are equally long are computed together, a cache-sized chunk at a time:
-their key and value blocks are gathered, then dense math runs on the gathered keys. The backward
+their key and value blocks are gathered, then dense math runs on the gathered keys: torch's fused
+attention where it is the faster, forward alone or backward too, else whole products. The backward
 recomputes the weights from lse. A mask that shows everything goes to torch's dense attention.
 """
 
