@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from . import tuning
 from .call import Window, device_of, features, padded, precision
-from .sites import source_rows, tile_sites
+from .sites import source_rows, tile_rows, tile_sites
 
 
 @triton.jit(do_not_specialize=["num_patches"])
@@ -66,8 +66,13 @@ def sparse_conv3d_fwd_kernel(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + columns, mask=column_ok, other=0.0).to(tl.float32)[None, :]
     SITES: tl.constexpr = POOLED[0] * POOLED[1] * POOLED[2]
-    out = (patch.to(tl.int64) * SITES + place)[:, None] * (GROUPS * OUT) + columns[None, :]
-    tl.store(y_ptr + out, acc.to(y_ptr.dtype.element_ty), mask=ok[:, None] & column_ok[None, :])
+    if BY_PLACE:
+        rows = patch.to(tl.int64) * SITES + place
+    else:
+        first, rows, ok = tile_rows(tl.program_id(0), num_patches.to(tl.int64) * SITES, BLOCK_M)
+        y_ptr += first * (GROUPS * OUT)
+    out = y_ptr + rows[:, None] * (GROUPS * OUT) + columns[None, :]
+    tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=ok[:, None] & column_ok[None, :])
 
 
 @triton.jit

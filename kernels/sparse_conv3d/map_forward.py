@@ -18,6 +18,7 @@ from torch import Tensor
 from . import tuning
 from .call import Table, device_of, features, precision
 from .forward import add_tap, in_lines
+from .sites import tile_rows
 
 
 @triton.jit(do_not_specialize=["num_sites"])
@@ -59,7 +60,8 @@ def sparse_conv3d_map_fwd_kernel(
     columns += group * OUT
     if HAS_BIAS:
         acc += tl.load(bias_ptr + columns, mask=column_ok, other=0.0).to(tl.float32)[None, :]
-    site = tl.load(order_ptr + slot, mask=ok, other=0).to(tl.int64)
+    first_slot, rows, ok = tile_rows(tl.program_id(0), num_sites, BLOCK_M)
+    site = tl.load(order_ptr + first_slot + rows, mask=ok, other=0).to(tl.int64)
     out = site[:, None] * (GROUPS * OUT) + columns[None, :]
     tl.store(y_ptr + out, acc.to(y_ptr.dtype.element_ty), mask=ok[:, None] & column_ok[None, :])
 
@@ -92,7 +94,8 @@ def sparse_conv3d_map_depthwise_fwd_kernel(
         acc += a * w.to(tl.float32)[None, :]
     if HAS_BIAS:
         acc += tl.load(bias_ptr + columns, mask=column_ok, other=0.0).to(tl.float32)[None, :]
-    site = tl.load(order_ptr + slot, mask=ok, other=0).to(tl.int64)
+    first_slot, rows, ok = tile_rows(tl.program_id(0), num_sites, BLOCK_M)
+    site = tl.load(order_ptr + first_slot + rows, mask=ok, other=0).to(tl.int64)
     out = site[:, None] * CHANNELS + columns[None, :]
     tl.store(y_ptr + out, acc.to(y_ptr.dtype.element_ty), mask=ok[:, None] & column_ok[None, :])
 

@@ -43,6 +43,17 @@ def tile_sites(
 
 
 @triton.jit
+def tile_rows(tile, count, BLOCK_M: tl.constexpr):
+    """Return a tile's first row, the BLOCK_M rows from it on, and which are among `count` in all.
+
+    For the store: what is made before the main loop in its layout fills registers all through it.
+    """
+    first = tile * tl.full([], BLOCK_M, tl.int64)
+    rows = tl.arange(0, BLOCK_M)
+    return first, rows, rows < count - first
+
+
+@triton.jit
 def split_place(place, PATCH: tl.constexpr):
     """Return x, y and z of a place in its patch."""
     return place // (PATCH[1] * PATCH[2]), place // PATCH[2] % PATCH[1], place % PATCH[2]
