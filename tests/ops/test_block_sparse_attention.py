@@ -171,7 +171,7 @@ def test_tall_blocks_with_long_lists_share_a_backward_among_threads(monkeypatch)
     mask = BlockMask.from_dense(blocks, 4 * 192, 6400, (192, 16))
     q, k = (torch.randn(1, 1, length, 16, requires_grad=True) for length in (4 * 192, 6400))
     block_sparse_attention(q, k, k, mask).sum().backward()
-    assert given == [torch.get_num_threads()] * (4 // torch.get_num_threads())
+    assert sum(given) == 4 and given[0] == min(4, torch.get_num_threads())
 
 
 @pytest.mark.parametrize("case", TRITON_CASES)
