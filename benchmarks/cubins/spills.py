@@ -13,7 +13,6 @@ ALLOWED = {
     ("block_attention_bwd_dq_kernel", 100, "bf16 D 64, partial blocks"): 2,
     ("block_attention_fwd_kernel", 80, "fp32 D 128, partial blocks"): 2,
     ("block_attention_fwd_kernel", 100, "bf16 D 128, partial blocks"): 3,
-    ("block_attention_fwd_kernel", 100, "bf16 D 48, partial blocks"): 5,
     ("block_attention_fwd_kernel", 100, "fp32 D 72"): 2,
     ("landmark_attention_bwd_dkv_kernel", 80, "fp32 D 72"): 1,
     ("landmark_attention_bwd_dkv_kernel", 90, "fp32 D 64, one tile"): 8,
