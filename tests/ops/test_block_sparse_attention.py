@@ -158,6 +158,12 @@ def test_gradients_of_lse_may_be_larger_than_float16_holds(mask, block_q):
     assert all(torch.equal(large[name], 8 * small[name]) for name in ("dq", "dk", "dv"))
 
 
+@pytest.mark.parametrize("mask, seed", [("topk", 5), ("topk", 7), ("all", 3), ("all", 5)])
+def test_large_logits_are_those_of_lse_though_the_scale_is_no_power_of_two(mask, seed):
+    spec = Spec(5, 400, heads=4, head_dim=80, mask=mask, per_head=True, block_size=(208, 16))
+    check(TORCH, REFERENCE, make(replace(spec, input_scale=16.0, use="out", seed=seed)))
+
+
 def test_tall_blocks_with_long_lists_share_a_backward_among_threads(monkeypatch):
     run_fused, given = dense._fused_backward, []
 

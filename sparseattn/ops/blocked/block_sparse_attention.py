@@ -184,15 +184,16 @@ def _fused_backward_chunk(
     keys = plan.gather(x.k, chunk.ids, hidden, scratch, "keys")
     values = plan.gather(x.v, chunk.ids, hidden, scratch, "values")
     queries, douts, outs = (plan.take(table, chunk) for table in (x.q, x.dout, out_table))
+    queries, factor, scale = dense.scaled(queries, problem.scale)
     dlse = None if x.dlse is None else plan.take(x.dlse, chunk)[:, None]
     dq, dkeys, dvalues, _ = dense.gradients(
         (douts[:, None], queries[:, None], keys[:, None], values[:, None], outs[:, None]),
         plan.take(x.lse, chunk)[:, None],
         dlse,
         None if bias is None else bias[:, None],
-        problem.scale,
+        scale,
     )
-    plan.put(x.dq, chunk, dq[:, 0])
+    plan.put(x.dq, chunk, dq[:, 0].mul_(factor))
     wide = plan.accumulate_dtype(problem.q.dtype)
     _add_blocks(x.dk, chunk.ids, scratch.copy("wide", dkeys, wide))
     _add_blocks(x.dv, chunk.ids, scratch.copy("wide", dvalues, wide))
@@ -260,6 +261,7 @@ def _fused(
         for t, name in zip(key_tables, ("keys", "values"), strict=True)
     )
     mask = None if bias is None else bias[:, None]
+    queries, _, scale = dense.scaled(queries, scale)
     heads = (queries[:, None], keys[:, None], values[:, None])
     o, lse = _fused_cpu(*heads, attn_mask=mask, scale=scale)
     lse = lse.view(queries.shape[:2])

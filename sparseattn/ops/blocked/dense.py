@@ -29,6 +29,7 @@ class _Inputs(NamedTuple):
 
     It reads the columns of a head dim as neighbours in memory, whatever their stride is.
 
+    q, factor, scale: see `scaled`
     unseen: bool [B, 1 or H, 1, 1], the queries that see nothing; None if there are none.
     """
 
@@ -37,6 +38,8 @@ class _Inputs(NamedTuple):
     v: Tensor
     bias: Tensor | None  # [B, 1 or H, 1, Nk]
     unseen: Tensor | None
+    scale: float
+    factor: float
 
 
 def fits(problem: plan.Problem) -> bool:
@@ -59,7 +62,7 @@ def forward(problem: plan.Problem) -> tuple[Tensor, Tensor]:
     """Return o like q, and the natural-log lse [B, H, Nq] in the accumulation dtype."""
     x = _inputs(problem)
     out = torch.empty_like(problem.q)
-    o, lse = _fused(x.q, x.k, x.v, attn_mask=x.bias, scale=problem.scale)
+    o, lse = _fused(x.q, x.k, x.v, attn_mask=x.bias, scale=x.scale)
     out.copy_(o)
     if x.unseen is not None:
         out.masked_fill_(x.unseen, 0)
@@ -81,19 +84,17 @@ def backward(
         dout = dout.masked_fill(x.unseen, 0)
         lse = lse.masked_fill(x.unseen[..., 0], 0)
         dlse = None if dlse is None else dlse.masked_fill(x.unseen[..., 0], 0)
-    factor = 2.0 ** -round(math.log2(abs(problem.scale))) if needs_bias else 0.0
-    dq, dk, dv, column = gradients(
-        (dout, x.q, x.k, x.v, out), lse, dlse, x.bias, problem.scale, factor
-    )
+    factor = 2.0 ** -round(math.log2(abs(x.scale))) if needs_bias else 0.0
+    dq, dk, dv, column = gradients((dout, x.q, x.k, x.v, out), lse, dlse, x.bias, x.scale, factor)
     dbias = None
     if column is not None and problem.key_bias is not None:
-        dbias = column.to(lse.dtype) / (problem.scale * factor)
+        dbias = column.to(lse.dtype) / (x.scale * factor)
         if problem.key_bias.shape[1] == 1:
             dbias = dbias.sum(1, keepdim=True)
     sums = [dk, dv]
     if problem.group > 1:
         sums = [t.unflatten(1, (-1, problem.group)).sum(2, dtype=lse.dtype) for t in sums]
-    dq = torch.empty_like(problem.q).copy_(dq)
+    dq = torch.mul(dq, x.factor, out=torch.empty_like(problem.q))
     dk, dv = (
         torch.empty_like(t).copy_(s) for t, s in zip((problem.k, problem.v), sums, strict=True)
     )
@@ -130,13 +131,27 @@ def gradients(
     return dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim], column
 
 
+def scaled(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """Return q times a factor, the factor, and the rest of the scale, which is a power of two.
+
+    torch's forward scales products, its backward what it multiplies. Unless that rounds nothing,
+    large logits are not the ones that lse was made of. A 16-bit q would lose more than it gains.
+    """
+    if q.element_size() == 2 or scale == 0:
+        return q, 1.0, scale
+    power = math.copysign(2.0 ** round(math.log2(abs(scale))), scale)
+    factor = scale / power
+    return q if factor == 1 else q * factor, factor, power
+
+
 def _inputs(problem: plan.Problem) -> _Inputs:
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (problem.q, problem.k, problem.v))
     bias = problem.key_bias
+    q, factor, scale = scaled(q, problem.scale)
     if problem.group > 1:
         k, v = (t.repeat_interleave(problem.group, 1) for t in (k, v))
     if bias is None:
-        return _Inputs(q, k, v, None, None)
+        return _Inputs(q, k, v, None, None, scale, factor)
     bias = bias.to(plan.accumulate_dtype(q.dtype))
     hidden = bias == -math.inf
     unseen = None
@@ -146,4 +161,4 @@ def _inputs(problem: plan.Problem) -> _Inputs:
         if bool(alone.any()):
             unseen = alone[..., None]
             q, bias = q.masked_fill(unseen, 0), bias.masked_fill(alone, 0)
-    return _Inputs(q, k, v, bias[:, :, None], unseen)
+    return _Inputs(q, k, v, bias[:, :, None], unseen, scale, factor)
