@@ -52,7 +52,7 @@ def walk_column(
         shift = 0.0
         query_ok = lse != float("-inf")
         if HAS_GATE:
-            gate = tl.load(gate_ptr + row * gate_stride)
+            gate = tl.load(gate_ptr + row.to(tl.int64) * gate_stride)
             shift = gate * 1.4426950408889634
             query_ok = lse + gate != float("-inf")
         # a query that sees nothing is never loaded where queries are checked: its NaN stays there
@@ -140,7 +140,7 @@ def block_attention_bwd_dkv_kernel(
             q_strides[2], do_strides[2], q_len, (batch, head),
         )  # fmt: skip
         gate_at = gate_ptr + batch * gate_strides[0] + head * gate_strides[1]
-        gate_at = (gate_at + column * gate_strides[3], gate_strides[2])
+        gate_at = (gate_at + column, gate_strides[2])
         bits_at = bits_ptr + batch * bits_strides[0] + head * bits_strides[1]
         bits_at = (bits_at, bits_strides[2], bits_strides[3], start % MASK_BLOCK_K)
         line = mask_head * (num_columns + 1) + column

@@ -32,7 +32,7 @@ def walk_row(
 ):  # fmt: skip
     """Add what the tiles `first` to `last` of one row's list give to dq, and store dgate."""
     k_ptr, v_ptr, k_stride, v_stride, k_len, place = keys_at
-    bias_ptr, gate_ptr, gate_stride, dgate_ptr = extras_at
+    bias_ptr, gate_ptr, dgate_ptr = extras_at
     indices_ptr, slots_ptr = list_at
     bits_ptr, bits_slot_stride, bits_row_stride = bits_at
     TILES: tl.constexpr = MASK_BLOCK_K // BLOCK_K
@@ -52,7 +52,7 @@ def walk_row(
         v0, v1 = load_tile(v_ptr, place, key, v_stride, key_ok, BLOCK_K, D, D0, D1, CHECKED, IS_TMA)
         shift = 0.0
         if HAS_GATE:
-            shift = tl.load(gate_ptr + column * gate_stride) * 1.4426950408889634
+            shift = tl.load(gate_ptr + column) * 1.4426950408889634
         s = dot_rows(q0, q1, k0, k1, D1, PRECISION) * scale + (shift - peak)[:, None]
         if HAS_BIAS:
             s += bias[None, :] * 1.4426950408889634
@@ -111,12 +111,13 @@ def block_attention_bwd_dq_kernel(
         k_ptr += batch * k_strides[0] + (head // GROUP) * k_strides[1]
         v_ptr += batch * v_strides[0] + (head // GROUP) * v_strides[1]
     bias_ptr += batch * bias_strides[0] + head * bias_strides[1]
-    gate_ptr += batch * gate_strides[0] + head * gate_strides[1] + row * gate_strides[2]
+    gate_ptr += batch * gate_strides[0] + head * gate_strides[1]
+    gate_ptr += row.to(tl.int64) * gate_strides[2]
     dgate_ptr += (head_at * num_tiles + tile) * num_columns
     bits_ptr += batch * bits_strides[0] + head * bits_strides[1]
     bits_ptr += (start % MASK_BLOCK_Q) * bits_strides[3]
     keys_at = (k_ptr, v_ptr, k_strides[2], v_strides[2], k_len, (batch, head // GROUP))
-    extras_at = (bias_ptr, gate_ptr, gate_strides[3], dgate_ptr)
+    extras_at = (bias_ptr, gate_ptr, dgate_ptr)
     bits_at = (bits_ptr, bits_strides[2], bits_strides[3])
 
     lse = tl.load(lse_ptr + head_at * q_len + queries, mask=in_range, other=float("-inf"))

@@ -61,8 +61,9 @@ class Call:
             "MASK_BLOCK_K": block_size[1],
         }
         bias = blank[0] if key_bias is None else launching.unit_stride(key_bias)
+        gate = blank if block_gate is None else launching.unit_stride(block_gate)
         return cls(
-            (q, k, v, bias, blank if block_gate is None else block_gate),
+            (q, k, v, bias, gate),
             rows,
             blank_bits if token_bits is None else token_bits,
             block_size,
@@ -117,7 +118,7 @@ class Call:
     def extra_strides(self) -> tuple[tuple[int, ...], ...]:
         """Strides of bias, gate and token bits, 0 along what they share."""
         bias, gate = self.tensors[3:]
-        gate_strides = (*launching.shared_strides(gate, 2), *gate.stride()[2:])
+        gate_strides = (*launching.shared_strides(gate, 2), gate.stride(2))
         bits_strides = (*launching.shared_strides(self.bits, 2), *self.bits.stride()[2:4])
         return launching.shared_strides(bias, 2), gate_strides, bits_strides
 

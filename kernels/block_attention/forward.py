@@ -69,7 +69,7 @@ def walk_list(
 ):  # fmt: skip
     """Attend to the tiles `first` to `last` of one row's list."""
     k_ptr, v_ptr, k_stride, v_stride, k_len, place = keys_at
-    bias_ptr, gate_ptr, gate_stride = extras_at
+    bias_ptr, gate_ptr = extras_at
     indices_ptr, slots_ptr = list_at
     bits_ptr, bits_slot_stride, bits_row_stride = bits_at
     TILES: tl.constexpr = MASK_BLOCK_K // BLOCK_K
@@ -90,7 +90,7 @@ def walk_list(
         s = dot_rows(q0, q1, k0, k1, D1, PRECISION)  # [BLOCK_Q, BLOCK_K]
         shift = 0.0
         if HAS_GATE:
-            shift = tl.load(gate_ptr + column * gate_stride) * 1.4426950408889634
+            shift = tl.load(gate_ptr + column) * 1.4426950408889634
         if MASKED:
             s = s * scale + shift
             if HAS_BIAS:
@@ -155,14 +155,15 @@ def block_attention_fwd_kernel(
         k_ptr += batch * k_strides[0] + (head // GROUP) * k_strides[1]
         v_ptr += batch * v_strides[0] + (head // GROUP) * v_strides[1]
     bias_ptr += batch * bias_strides[0] + head * bias_strides[1]
-    gate_ptr += batch * gate_strides[0] + head * gate_strides[1] + row * gate_strides[2]
+    gate_ptr += batch * gate_strides[0] + head * gate_strides[1]
+    gate_ptr += row.to(tl.int64) * gate_strides[2]
     bits_ptr += batch * bits_strides[0] + head * bits_strides[1]
     bits_ptr += (start % MASK_BLOCK_Q) * bits_strides[3]
     indices_ptr += mask_head * capacity
     at = mask_head * partial_capacity
     partial_list = (partial_indices_ptr + at, slots_ptr + at)
     keys_at = (k_ptr, v_ptr, k_strides[2], v_strides[2], k_len, (batch, head // GROUP))
-    extras_at = (bias_ptr, gate_ptr, gate_strides[3])
+    extras_at = (bias_ptr, gate_ptr)
     bits_at = (bits_ptr, bits_strides[2], bits_strides[3])
 
     q0, q1 = load_rows(q_ptr, q_strides[2], query_ok, BLOCK_Q, D, D0, D1, True)

@@ -105,7 +105,7 @@ def block_sparse_attention(
     bias = _fold_key_bias(q, k, key_mask, key_bias)
     gate = _check_gate(block_gate, mask, q, k)
     asked = impl == "triton" or (impl == "auto" and q.device.type == "cuda")
-    chosen = dispatch.choose(_OP, impl, q.device, unsupported(q, gate) if asked else [])
+    chosen = dispatch.choose(_OP, impl, q.device, unsupported(q) if asked else [])
     if chosen == "reference":
         with torch.autocast(q.device.type, enabled=False):
             out, lse = reference(q, k, v, mask, bias, gate, scale)
@@ -115,7 +115,7 @@ def block_sparse_attention(
     return (out, lse) if return_lse else out
 
 
-def unsupported(q: Tensor, block_gate: Tensor | None = None) -> list[str]:
+def unsupported(q: Tensor) -> list[str]:
     """Return why the Triton kernels cannot run such queries (empty: they can)."""
     reasons = list(dispatch.triton_reasons(q.device))
     if q.dtype == torch.float64:
@@ -123,9 +123,6 @@ def unsupported(q: Tensor, block_gate: Tensor | None = None) -> list[str]:
     head_dim = q.shape[3]
     if head_dim % 8 or not 16 <= head_dim <= 256:
         reasons.append(f"head dim is {head_dim}; expected a multiple of 8 from 16 to 256")
-    if block_gate is not None and block_gate.shape[2] * block_gate.shape[3] >= 2**31:
-        pairs = block_gate.shape[2] * block_gate.shape[3]
-        reasons.append(f"block_gate has {pairs} block pairs a head; expected fewer than 2**31")
     return reasons
 
 

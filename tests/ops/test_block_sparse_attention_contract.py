@@ -138,6 +138,22 @@ def test_sizes_of_zero(shape, impl):
 # -- layouts and kinds of results --------------------------------------------------------------
 
 
+@pytest.mark.skipif(DEVICES["triton"] == "cuda", reason="only a file is so large at no cost")
+def test_gate_rows_further_apart_than_int32_reaches(tmp_path):
+    """The third row starts 2**31 elements on; taken as int32, that is at the file's empty start."""
+    step = 2**30
+    file = torch.from_file(str(tmp_path / "gate"), shared=True, size=4 * step + 3)
+    far = file.as_strided((1, 1, 3, 3), (0, 0, step, 1), 2 * step)
+    near = far.copy_(torch.randn(1, 1, 3, 3)).clone()
+    q, k, v = (torch.randn(1, 1, 48, 16, requires_grad=True) for _ in range(3))
+    mask = BlockMask.from_dense(torch.ones(1, 1, 3, 3, dtype=torch.bool), 48, 48, (16, 16))
+    results = []
+    for gate in (far, near):
+        out = block_sparse_attention(q, k, v, mask, block_gate=gate, impl="triton")
+        results.append((out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))))
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("layout", ["contiguous", "permuted"])
 def test_output_lies_in_memory_as_q_does(layout, impl):
