@@ -45,9 +45,9 @@ def linear_attention_bwd_dq_kernel(
         df = tl.dot(do, tl.trans(S), df, input_precision=PRECISION)
     weight = -tl.sum(df * f, 1) * inverse * inverse
     df = df * inverse[:, None] + weight[:, None] * z[None, :]
-    dq = df * slope(q, MAP)
+    dq = df * slope(f, MAP)
     dq_ptr += batch * dq_strides[0] + head * dq_strides[1]
-    store_tokens(dq_ptr, start, dq_strides[2], dq, in_range, 0, D, BLOCK_N, BLOCK_D)
+    store_tokens(dq_ptr, start, dq_strides[2], dq, length, 0, D, BLOCK_N, BLOCK_D)
     tl.store(inverse_ptr + head_at * length + tokens, inverse, mask=in_range)
     tl.store(weight_ptr + head_at * length + tokens, weight, mask=in_range)
 
@@ -85,6 +85,6 @@ def linear_attention_bwd_dkv_kernel(
         dk = tl.dot(v, tl.trans(dS), dk, input_precision=PRECISION)
         dv = tl.dot(f, dS, input_precision=PRECISION)
         dv = tl.where(is_shown[:, None], dv, 0.0)
-        store_tokens(dv_ptr, start, dv_strides[2], dv, in_range, first, D, BLOCK_N, COLUMNS)
-    dk = tl.where(is_shown[:, None], dk * slope(k, MAP), 0.0)
-    store_tokens(dk_ptr, start, dk_strides[2], dk, in_range, 0, D, BLOCK_N, BLOCK_D)
+        store_tokens(dv_ptr, start, dv_strides[2], dv, length, first, D, BLOCK_N, COLUMNS)
+    dk = tl.where(is_shown[:, None], dk * slope(f, MAP), 0.0)
+    store_tokens(dk_ptr, start, dk_strides[2], dk, length, 0, D, BLOCK_N, BLOCK_D)

@@ -21,15 +21,15 @@ def vanishes(below):
 
 
 @triton.jit
-def slope(x, MAP: tl.constexpr):
-    """Return the derivative of the feature map at x."""
+def slope(f, MAP: tl.constexpr):
+    """Return the derivative of the feature map where its value is f: x need not be kept for it."""
     if MAP == "elu":
-        x = tl.where(x > 0.0, 1.0, tl.exp(tl.minimum(x, 0.0)))
+        f = tl.minimum(f, 1.0)  # x + 1 is at least 1, and exp(x) its own derivative
     elif MAP == "relu":
-        x = tl.where(x > 0.0, 1.0, 0.0)
+        f = tl.where(f > 0.0, 1.0, 0.0)
     else:
-        x = tl.full(x.shape, 1.0, tl.float32)
-    return x
+        f = tl.full(f.shape, 1.0, tl.float32)
+    return f
 
 
 @triton.jit
@@ -43,13 +43,17 @@ def load_tokens(ptr, start, stride, is_shown, first, D: tl.constexpr, BLOCK_N: t
 
 
 @triton.jit
-def store_tokens(ptr, start, stride, x, in_range, first, D: tl.constexpr, BLOCK_N: tl.constexpr,
+def store_tokens(ptr, start, stride, x, length, first, D: tl.constexpr, BLOCK_N: tl.constexpr,
                  COLUMNS: tl.constexpr):  # fmt: skip
-    """Store [BLOCK_N, COLUMNS] from column `first` on, where in range."""
+    """Store [BLOCK_N, COLUMNS] from column `first` on, of the tokens before `length`.
+
+    The mask is made here: one made for the loads would fill registers until then.
+    """
+    tokens = tl.arange(0, BLOCK_N)[:, None]
     columns = first + tl.arange(0, COLUMNS)[None, :]
-    at = (start + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None] * stride
-    kept = in_range[:, None] & (columns < D)
-    tl.store(ptr + at + columns, x.to(ptr.dtype.element_ty), mask=kept)
+    kept = (tokens < length - start) & (columns < D)
+    ptr += start.to(tl.int64) * stride + tokens.to(tl.int64) * stride
+    tl.store(ptr + columns, x.to(ptr.dtype.element_ty), mask=kept)
 
 
 @triton.jit

@@ -90,4 +90,4 @@ def linear_attention_fwd_kernel(
     for first in range(0, BLOCK_D, COLUMNS):
         S = load_S(sums_ptr, first, D, BLOCK_D, COLUMNS)
         o = tl.where(is_zero, 0.0, tl.dot(f, S, input_precision=PRECISION) / below)
-        store_tokens(o_ptr, start, o_strides[2], o, in_range, first, D, BLOCK_N, COLUMNS)
+        store_tokens(o_ptr, start, o_strides[2], o, length, first, D, BLOCK_N, COLUMNS)
