@@ -21,7 +21,6 @@ ALLOWED = {
     ("landmark_attention_bwd_dkv_kernel", 90, "fp32 D 72"): 4,
     ("landmark_attention_bwd_dq_kernel", 80, "bf16 D 40"): 1,
     ("landmark_attention_bwd_dq_kernel", 100, "fp32 D 72"): 1,
-    ("linear_attention_sums_kernel", 100, "bf16 D 64, loaded"): 2,
     ("sparse_conv3d_depthwise_fwd_kernel", 90, "fp32 C 256, stride 2"): 1,
     ("sparse_conv3d_depthwise_fwd_kernel", 100, "bf16 C 256, stride 2"): 1,
     ("sparse_conv3d_strided_bwd_dx_kernel", 80, "bf16 C 256, odd"): 5,

@@ -45,7 +45,7 @@ SUMS = (  # parts of S and z, and of their gradients
     Row(              90,   2,  128, Launch(   32,     8,      2)),
     Row(              90,   4,   64, Launch(   32,     8,      2)),
     Row(              90,   4,  128, Launch(   16,     8,      2)),
-    Row(              80,   2,   64, Launch(   32,     4,      2)),
+    Row(              80,   2,   64, Launch(   32,     4,      3)),
     Row(              80,   2,  128, Launch(   32,     8,      2)),
     Row(              80,   4,   64, Launch(   32,     8,      2)),
     Row(              80,   4,  128, Launch(   16,     8,      1)),
