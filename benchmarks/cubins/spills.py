@@ -21,10 +21,4 @@ ALLOWED = {
     ("landmark_attention_bwd_dkv_kernel", 90, "fp32 D 72"): 4,
     ("landmark_attention_bwd_dq_kernel", 80, "bf16 D 40"): 1,
     ("landmark_attention_bwd_dq_kernel", 100, "fp32 D 72"): 1,
-    ("sparse_conv3d_depthwise_fwd_kernel", 90, "fp32 C 256, stride 2"): 1,
-    ("sparse_conv3d_depthwise_fwd_kernel", 100, "bf16 C 256, stride 2"): 1,
-    ("sparse_conv3d_strided_bwd_dx_kernel", 80, "bf16 C 256, odd"): 5,
-    ("sparse_conv3d_strided_bwd_dx_kernel", 80, "fp32 C 256, odd"): 1,
-    ("sparse_conv3d_strided_bwd_dx_kernel", 80, "fp32 C 256, plain"): 2,
-    ("sparse_conv3d_strided_bwd_dx_kernel", 100, "bf16 C 256, odd"): 2,
 }

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import forward, tuning
 from .call import Window, device_of, features, precision
 from .forward import add_tap, in_lines
-from .sites import neighbour, reach_of, split_place, tile_sites
+from .sites import neighbour, reach_of, split_place, tile_rows, tile_sites
 
 
 @triton.constexpr_function
@@ -71,12 +71,20 @@ def reader_rows(
 
 @triton.jit
 def written_rows(
-    patch, x, y, z, kind_x, kind_y, kind_z, PATCH: tl.constexpr, STRIDE: tl.constexpr
+    tile, num_patches, kind_x, kind_y, kind_z, PATCH: tl.constexpr, POOLED: tl.constexpr,
+    STRIDE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Return the rows of dx of sites of a kind."""
-    row = patch.to(tl.int64) * PATCH[0] + x * STRIDE[0] + kind_x
-    row = row * PATCH[1] + y * STRIDE[1] + kind_y
-    return row * PATCH[2] + z * STRIDE[2] + kind_z
+    """Return the row of dx where a kind starts in a tile's first patch, rows from it on, and ok.
+
+    For the store, see tile_rows. Beyond the first patch x goes on, as rows of dx do.
+    """
+    SITES: tl.constexpr = POOLED[0] * POOLED[1] * POOLED[2]
+    first, rows, ok = tile_rows(tile, num_patches.to(tl.int64) * SITES, BLOCK_M)
+    patch = first // SITES
+    x, y, z = split_place(rows + (first - patch * SITES).to(tl.int32), POOLED)
+    row = (x * STRIDE[0] * PATCH[1] + y * STRIDE[1]) * PATCH[2] + z * STRIDE[2]
+    at = patch * PATCH[0] + kind_x
+    return (at * PATCH[1] + kind_y) * PATCH[2] + kind_z, row.to(tl.int64), ok
 
 
 @triton.jit(do_not_specialize=["num_patches"])
@@ -125,8 +133,12 @@ def sparse_conv3d_strided_bwd_dx_kernel(
             acc, dy_ptr, row, found, line, step % STEPS * BLOCK_K, columns,
             GROUPS, IN, LINE, BLOCK_K, PRECISION,
         )  # fmt: skip
-    rows = written_rows(patch, x, y, z, kind_x, kind_y, kind_z, PATCH, STRIDE)
+    first, rows, ok = written_rows(
+        tl.program_id(0) // KINDS, num_patches, kind_x, kind_y, kind_z,
+        PATCH, POOLED, STRIDE, BLOCK_M,
+    )  # fmt: skip
     columns += group * OUT
+    dx_ptr += first * (GROUPS * OUT)
     out = dx_ptr + rows[:, None] * (GROUPS * OUT) + columns[None, :]
     tl.store(out, acc.to(dx_ptr.dtype.element_ty), mask=ok[:, None] & column_ok[None, :])
 
@@ -169,8 +181,11 @@ def sparse_conv3d_strided_depthwise_bwd_dx_kernel(
         tap = (tap_x * KERNEL[1] + tap_y) * KERNEL[2] + tap_z
         w = tl.load(weight_ptr + tap * CHANNELS + columns, mask=column_ok, other=0.0)
         acc += a.to(tl.float32) * w.to(tl.float32)[None, :]
-    rows = written_rows(patch, x, y, z, kind_x, kind_y, kind_z, PATCH, STRIDE)
-    out = dx_ptr + rows[:, None] * CHANNELS + columns[None, :]
+    first, rows, ok = written_rows(
+        tl.program_id(0) // KINDS, num_patches, kind_x, kind_y, kind_z,
+        PATCH, POOLED, STRIDE, BLOCK_M,
+    )  # fmt: skip
+    out = dx_ptr + first * CHANNELS + rows[:, None] * CHANNELS + columns[None, :]
     tl.store(out, acc.to(dx_ptr.dtype.element_ty), mask=ok[:, None] & column_ok[None, :])
 
 

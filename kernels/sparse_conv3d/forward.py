@@ -123,8 +123,9 @@ def sparse_conv3d_depthwise_fwd_kernel(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + columns, mask=column_ok, other=0.0).to(tl.float32)[None, :]
     SITES: tl.constexpr = POOLED[0] * POOLED[1] * POOLED[2]
-    out = (patch.to(tl.int64) * SITES + place)[:, None] * CHANNELS + columns[None, :]
-    tl.store(y_ptr + out, acc.to(y_ptr.dtype.element_ty), mask=ok[:, None] & column_ok[None, :])
+    first, rows, ok = tile_rows(tl.program_id(0), num_patches.to(tl.int64) * SITES, BLOCK_M)
+    out = y_ptr + first * CHANNELS + rows[:, None] * CHANNELS + columns[None, :]
+    tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=ok[:, None] & column_ok[None, :])
 
 
 def forward(
