@@ -57,17 +57,19 @@ BACKWARD_DQ = (
     Row(              90,   4,   48, Launch(     32,     16,     8,      1)),
     Row(              90,   4,   64, Launch(     64,     32,     4,      1)),
     Row(              90,   4,  128, Launch(     16,     16,     8,      1), "ieee"),
-    Row(              80,   2,   64, Launch(     64,     32,     4,      2)),
+    Row(              80,   2,   64, Launch(     64,     32,     4,      3)),
     Row(              80,   2,   80, Launch(     32,     32,     8,      2)),
     Row(              80,   2,  128, Launch(     32,     32,     8,      2)),
     Row(              80,   4,   64, Launch(     32,     16,     8,      1)),
+    Row(              80,   4,   80, Launch(     16,     32,     4,      1), "ieee"),
     Row(              80,   4,  128, Launch(     16,     16,     8,      1), "ieee"),
 )
 
 BACKWARD_DKV = (
     Row(              90,   2,   64, Launch(     64,     64,     8,      2)),
     Row(              90,   2,  128, Launch(     32,     64,     8,      2)),
-    Row(              90,   4,   64, Launch(     16,     32,     4,      2)),
+    Row(              90,   4,   64, Launch(     16,     32,     4,      1)),
+    Row(              90,   4,   80, Launch(     16,     16,     8,      2), "ieee"),
     Row(              90,   4,  128, Launch(     16,     16,     8,      1), "ieee"),
     Row(              80,   2,   64, Launch(     16,     64,     4,      2)),
     Row(              80,   2,   80, Launch(     16,     32,     8,      1)),
