@@ -164,6 +164,15 @@ def test_large_logits_are_those_of_lse_though_the_scale_is_no_power_of_two(mask,
     check(TORCH, REFERENCE, make(replace(spec, input_scale=16.0, use="out", seed=seed)))
 
 
+@pytest.mark.parametrize("shown", [[True, True], [True, False]])
+def test_a_scale_as_large_as_floats_are_is_taken(shown):
+    mask = BlockMask.from_dense(torch.tensor([[[shown]]]), 192, 128, (192, 64))
+    q, k = (1e-160 * torch.randn(1, 1, n, 16, dtype=torch.float64) for n in (192, 128))
+    v = torch.randn(1, 1, 128, 16, dtype=torch.float64)
+    out, expected = (attend(q, k, v, mask, scale=1.7e308) for attend in (TORCH, REFERENCE))
+    torch.testing.assert_close(out, expected)
+
+
 def test_tall_blocks_with_long_lists_share_a_backward_among_threads(monkeypatch):
     run_fused, given = dense._fused_backward, []
 

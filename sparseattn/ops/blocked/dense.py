@@ -84,11 +84,11 @@ def backward(
         dout = dout.masked_fill(x.unseen, 0)
         lse = lse.masked_fill(x.unseen[..., 0], 0)
         dlse = None if dlse is None else dlse.masked_fill(x.unseen[..., 0], 0)
-    factor = 2.0 ** -round(math.log2(abs(x.scale))) if needs_bias else 0.0
-    dq, dk, dv, column = gradients((dout, x.q, x.k, x.v, out), lse, dlse, x.bias, x.scale, factor)
+    beside = 2.0 ** -round(math.log2(abs(x.scale))) if needs_bias else 0.0  # beside q
+    dq, dk, dv, column = gradients((dout, x.q, x.k, x.v, out), lse, dlse, x.bias, x.scale, beside)
     dbias = None
     if column is not None and problem.key_bias is not None:
-        dbias = column.to(lse.dtype) / (x.scale * factor)
+        dbias = column.to(lse.dtype) / (x.scale * beside)
         if problem.key_bias.shape[1] == 1:
             dbias = dbias.sum(1, keepdim=True)
     sums = [dk, dv]
@@ -139,8 +139,8 @@ def scaled(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
     """
     if q.element_size() == 2 or scale == 0:
         return q, 1.0, scale
-    power = math.copysign(2.0 ** round(math.log2(abs(scale))), scale)
-    factor = scale / power
+    mantissa, exponent = math.frexp(scale)
+    factor, power = 2 * mantissa, math.ldexp(1.0, exponent - 1)
     return q if factor == 1 else q * factor, factor, power
 
 
